@@ -1,0 +1,106 @@
+"""Finds the checkpoints of a log folder, and stores beside them what they were built with.
+
+train_flowers.py writes `model_config.json`; eval_flowers.py and write_pb.py
+read it, so that no number is repeated on their command lines.
+"""
+
+import dataclasses
+import json
+import os
+
+import tensorflow.compat.v1 as tf
+
+CONFIG_FILE = 'model_config.json'
+
+
+class CheckpointError(Exception):
+  """A checkpoint or its configuration is missing, damaged, or of another model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Everything that the graph of a checkpoint depends on.
+
+  Attributes:
+    class_names: names of the classes; a name's index is its label.
+    image_size: height and width of the network's input in pixels.
+    depth_multiplier: width of the network, 1.0 in the paper.
+    seed: seed of the training run.
+  """
+  class_names: list[str]
+  image_size: int
+  depth_multiplier: float
+  seed: int
+
+  @property
+  def num_classes(self):
+    return len(self.class_names)
+
+
+def find(log_dir, checkpoint_path=None):
+  """Finds a checkpoint.
+
+  Args:
+    log_dir: folder that train_flowers.py wrote.
+    checkpoint_path: a checkpoint like log/model.ckpt-1500, or a folder whose
+      newest one is meant; None is the newest of log_dir.
+
+  Returns:
+    The checkpoint's path, without its file endings.
+
+  Raises:
+    CheckpointError: there is none.
+  """
+  folder = checkpoint_path or log_dir
+  if checkpoint_path and tf.train.checkpoint_exists(checkpoint_path):
+    return checkpoint_path
+  checkpoint = tf.train.latest_checkpoint(folder)
+  if checkpoint and tf.train.checkpoint_exists(checkpoint):
+    return checkpoint
+  raise CheckpointError(f'No checkpoint in {folder}: run train_flowers.py first')
+
+
+def global_step(checkpoint):
+  """Returns the training step that the checkpoint was written at."""
+  return int(tf.train.load_checkpoint(checkpoint).get_tensor('global_step'))
+
+
+def save_config(config, log_dir):
+  """Writes the configuration into log_dir, in one atomic step."""
+  path = os.path.join(log_dir, CONFIG_FILE)
+  with open(path + '.tmp', 'w', encoding='utf-8') as f:
+    json.dump(dataclasses.asdict(config), f, indent=2, ensure_ascii=False)
+    f.write('\n')
+  os.replace(path + '.tmp', path)
+
+
+def load_config(checkpoint):
+  """Reads the configuration beside a checkpoint.
+
+  Returns:
+    A ModelConfig.
+
+  Raises:
+    CheckpointError: there is none, or it cannot be understood.
+  """
+  path = os.path.join(os.path.dirname(checkpoint), CONFIG_FILE)
+  try:
+    with open(path, encoding='utf-8') as f:
+      return ModelConfig(**json.load(f))
+  except (OSError, ValueError, TypeError) as error:
+    raise CheckpointError(
+        f'{path}, which train_flowers.py writes beside a checkpoint, cannot be read: '
+        f'{error}') from error
+
+
+def check_same_model(asked, found, log_dir):
+  """Raises a CheckpointError if `asked` does not fit the checkpoints of log_dir."""
+  differences = [
+      f'{field.name} is {getattr(found, field.name)!r} there and '
+      f'{getattr(asked, field.name)!r} here'
+      for field in dataclasses.fields(ModelConfig)
+      if getattr(found, field.name) != getattr(asked, field.name)]
+  if differences:
+    raise CheckpointError(
+        f'{log_dir} holds checkpoints of another model: {"; ".join(differences)}. '
+        'Choose another --log_dir, or the same options')

@@ -1,0 +1,192 @@
+"""Draws the five classes of flowers and writes them as TFRecords.
+
+  python -m dataset.draw_flowers --dataset_dir dataset
+
+The flower photographs are too large to ship, so these drawings stand in for
+them: daisies, dandelions, roses, sunflowers and tulips of every colour, size,
+pose and number, on every background, in good light and bad. What tells a class
+is its shape; petals, backgrounds and light come from the same draws for all.
+The same seed draws the same pictures with the same numpy and Pillow.
+"""
+
+import argparse
+import io
+import os
+import sys
+
+import numpy as np
+from PIL import Image, ImageFilter
+import tensorflow.compat.v1 as tf
+
+from dataset import flower_shapes
+import flowers
+
+NUM_SHARDS = 2
+PNG_FRACTION = 0.04
+JPEG_QUALITY = (72, 88)
+SHORT_SIDE, LONG_SIDE = (200, 260), (280, 330)  # pixels
+MAX_FLOWERS = 4
+
+
+def draw_image(label, random):
+  """Draws one image.
+
+  Args:
+    label: int, index into flower_shapes.CLASSES.
+    random: numpy Generator.
+
+  Returns:
+    RGB PIL image of about 240 x 320 pixels, landscape or portrait.
+  """
+  height, width = random.integers(*SHORT_SIDE), random.integers(*LONG_SIDE)
+  if random.random() < 0.4:
+    height, width = width, height
+  # At twice the size: shrinking smooths the edges.
+  image = draw_background(2 * height, 2 * width, random)
+  count = 1 + random.choice(MAX_FLOWERS, p=[0.55, 0.25, 0.12, 0.08])
+  radius = min(height, width) * random.uniform(0.24, 0.44) * (1.0 if count == 1 else 0.85)
+  # The main flower last, so that nothing hides it.
+  for i in reversed(range(count)):
+    spread = 0.16 if i == 0 else 0.36
+    center = 2 * np.array([width, height]) * random.uniform(0.5 - spread, 0.5 + spread, 2)
+    size = 2 * radius * (1.0 if i == 0 else random.uniform(0.45, 0.8))
+    flower_shapes.draw_flower(image, label, center, size, random)
+  image = image.resize((width, height), Image.LANCZOS)
+  return light_and_noise(image, random)
+
+
+def draw_background(height, width, random):
+  """Returns an RGB PIL image: foliage, sky, soil, wood, stone or a studio's wall."""
+  kind = random.choice(['foliage', 'foliage', 'sky', 'soil', 'wood', 'stone', 'studio'])
+  base = {
+      'foliage': [60, 95, 45], 'sky': [130, 170, 215], 'soil': [105, 80, 58],
+      'wood': [150, 115, 80], 'stone': [135, 132, 128],
+      'studio': random.uniform(40, 230, 3),
+  }[kind]
+  base = np.array(base) * random.uniform(0.6, 1.25) + random.normal(0, 14, 3)
+  pixels = np.ones([height, width, 3]) * base
+  rows, columns = np.mgrid[0:1:height * 1j, 0:1:width * 1j][..., np.newaxis]
+  if kind in ('sky', 'studio'):
+    pixels += (rows - 0.5) * random.normal(0, 70, 3)
+  if kind == 'wood':
+    plank = np.floor((rows if random.random() < 0.5 else columns) * random.integers(3, 7))
+    pixels += 14 * np.sin(plank * 7.3) + 9 * np.sin(columns * 40 + 3 * np.sin(rows * 50))
+  # Patches of light and dark, coarse and fine.
+  for cells, strength in ((4, 16), (12, 14), (50, 16 if kind in ('soil', 'stone') else 5)):
+    noise = random.normal(0, strength, [cells, cells, 1]) + random.normal(0, 4, [cells, cells, 3])
+    pixels += _enlarge(noise, height, width)
+  image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+  flower_shapes.draw_blobs(image, random, count=random.integers(0, 45 if kind == 'foliage' else 14))
+  if kind == 'sky' and random.random() < 0.6:
+    flower_shapes.draw_grass(image, random)
+  # Out of focus, more or less.
+  return image.filter(ImageFilter.GaussianBlur(random.uniform(2, 16)))
+
+
+def light_and_noise(image, random):
+  """Returns the image as a camera might have taken it: light, focus, sensor noise."""
+  if random.random() < 0.3:
+    image = image.filter(ImageFilter.GaussianBlur(random.uniform(0.3, 0.9)))
+  pixels = np.asarray(image, np.float64) / 255
+  height, width = pixels.shape[:2]
+  rows, columns = np.mgrid[-1:1:height * 1j, -1:1:width * 1j][..., np.newaxis]
+  direction = random.uniform(0, 2 * np.pi)
+  light = 1 + random.uniform(0, 0.3) * (rows * np.sin(direction) + columns * np.cos(direction))
+  light *= 1 - random.uniform(0, 0.25) * (rows**2 + columns**2) / 2  # vignette
+  pixels = np.clip(pixels * light * random.uniform(0.93, 1.07, 3), 0, 1)
+  pixels = random.uniform(0.65, 1.15) * pixels**random.uniform(0.75, 1.4)
+  pixels += random.normal(0, random.uniform(0.002, 0.03), pixels.shape)
+  return Image.fromarray(np.uint8(np.clip(pixels, 0, 1) * 255 + 0.5))
+
+
+def encode(image, random):
+  """Returns the bytes and the format, 'jpg' or sometimes 'png', of a PIL image."""
+  file = io.BytesIO()
+  if random.random() < PNG_FRACTION:
+    # Few colours keep a PNG as small as a JPEG.
+    image.quantize(64).convert('RGB').save(file, 'PNG', optimize=True)
+    return file.getvalue(), 'png'
+  image.save(file, 'JPEG', quality=int(random.integers(*JPEG_QUALITY)))
+  return file.getvalue(), 'jpg'
+
+
+def split_examples(split_name, num_images, seed):
+  """Draws a split; yields its tf.train.Examples in random order.
+
+  Args:
+    split_name: 'train' or 'validation'.
+    num_images: int, spread evenly over the classes.
+    seed: int; each image depends on it, the split and its index alone.
+  """
+  split = flowers.SPLITS.index(split_name)
+  for index in np.random.default_rng([seed, split]).permutation(num_images):
+    random = np.random.default_rng([seed, split, index])
+    label = int(index) % len(flower_shapes.CLASSES)
+    image = draw_image(label, random)
+    encoded, image_format = encode(image, random)
+    yield flowers.make_example(encoded, image_format, label, image.height, image.width)
+
+
+def write_dataset(dataset_dir, sizes, seed, overwrite):
+  """Draws all splits and writes their shards and labels.txt.
+
+  Args:
+    dataset_dir: folder, created if missing.
+    sizes: dict from the split's name to its number of images.
+    seed: int.
+    overwrite: whether existing files may be replaced.
+
+  Raises:
+    FileExistsError: a file is there and overwrite is False.
+  """
+  os.makedirs(dataset_dir, exist_ok=True)
+  paths = {name: [os.path.join(dataset_dir, flowers.shard_name(name, shard, NUM_SHARDS))
+                  for shard in range(NUM_SHARDS)] for name in sizes}
+  labels_file = os.path.join(dataset_dir, flowers.LABELS_FILE)
+  written = [labels_file, *(path for shards in paths.values() for path in shards)]
+  existing = [path for path in written if os.path.exists(path)]
+  if existing and not overwrite:
+    raise FileExistsError(f'{existing[0]} exists: add --overwrite to replace it, or choose '
+                          'another --dataset_dir')
+
+  for name, num_images in sizes.items():
+    examples = list(split_examples(name, num_images, seed))
+    for shard, path in enumerate(paths[name]):
+      with tf.python_io.TFRecordWriter(path + '.tmp') as writer:
+        for example in examples[shard::NUM_SHARDS]:
+          writer.write(example.SerializeToString())
+  with open(labels_file + '.tmp', 'w', encoding='utf-8', newline='\n') as f:
+    f.writelines(f'{label}:{name}\n' for label, name in enumerate(flower_shapes.CLASSES))
+  # Nothing looks finished before everything is.
+  for path in written:
+    os.replace(path + '.tmp', path)
+
+
+def _enlarge(noise, height, width):
+  channels = [np.asarray(Image.fromarray(channel.astype(np.float32)).resize(
+      (width, height), Image.BICUBIC)) for channel in np.moveaxis(noise, -1, 0)]
+  return np.stack(channels, -1)
+
+
+def parse_args(argv=None):
+  parser = argparse.ArgumentParser(
+      description=__doc__.split('\n')[0],
+      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+  parser.add_argument('--dataset_dir', default='dataset', help='folder to write')
+  parser.add_argument('--num_train', type=int, default=400, help='training images')
+  parser.add_argument('--num_validation', type=int, default=100, help='validation images')
+  parser.add_argument('--seed', type=int, default=0, help='another seed, other flowers')
+  parser.add_argument('--overwrite', action='store_true', help='replace existing files')
+  return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+  args = parse_args()
+  try:
+    write_dataset(args.dataset_dir, {'train': args.num_train, 'validation': args.num_validation},
+                  args.seed, args.overwrite)
+  except OSError as error:
+    sys.exit(f'draw_flowers.py: {error}')
+  print(f'Wrote {args.num_train} training and {args.num_validation} validation images to '
+        f'{args.dataset_dir}')

@@ -1,0 +1,125 @@
+"""Session hooks that show a training run's progress and stop it in good order."""
+
+import signal
+import sys
+import time
+
+import tensorflow.compat.v1 as tf
+import tqdm
+
+
+class ProgressHook(tf.train.SessionRunHook):
+  """Shows loss, accuracy and images a second: a bar on a terminal, else log lines.
+
+  The figures of a line are means over the steps since the line before. Images a
+  second go to TensorBoard too.
+  """
+
+  def __init__(self, global_step, loss, accuracy, batch_size, num_towers, num_samples,
+               max_steps, log_every_n_steps, summary_writer):
+    """Initializes the hook.
+
+    Args:
+      global_step: int64 [], as it is after the step.
+      loss, accuracy: float32 [], of the step.
+      batch_size: images per step, summed over towers.
+      num_towers: number of towers that share them.
+      num_samples: images per epoch.
+      max_steps: the step that training ends with.
+      log_every_n_steps: steps between two lines.
+      summary_writer: tf.summary.FileWriter.
+    """
+    self._fetches = {'step': global_step, 'loss': loss, 'accuracy': accuracy}
+    self._batch_size = batch_size
+    self._num_towers = num_towers
+    self._num_samples = num_samples
+    self._max_steps = max_steps
+    self._log_every_n_steps = log_every_n_steps
+    self._summary_writer = summary_writer
+    self._bar = None
+
+  def after_create_session(self, session, coord):
+    self._step = session.run(self._fetches['step'])
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(total=self._max_steps * self._batch_size,
+                            initial=self._step * self._batch_size,
+                            unit=' images', dynamic_ncols=True)
+    self._start_interval()
+
+  def before_run(self, run_context):
+    return tf.train.SessionRunArgs(self._fetches)
+
+  def after_run(self, run_context, run_values):
+    values = run_values.results
+    self._step = int(values['step'])
+    self._losses.append(values['loss'])
+    self._accuracies.append(values['accuracy'])
+    if self._bar is not None:
+      self._bar.update(self._batch_size)
+    if self._step % self._log_every_n_steps == 0 or self._step == self._max_steps:
+      self._report()
+      self._start_interval()
+
+  def end(self, session):
+    if self._bar is not None:
+      self._bar.close()
+
+  def _start_interval(self):
+    self._losses, self._accuracies = [], []
+    self._interval_start = time.perf_counter()
+
+  def _report(self):
+    steps = len(self._losses)
+    seconds_per_step = (time.perf_counter() - self._interval_start) / steps
+    images_per_second = self._batch_size / seconds_per_step
+    loss = sum(self._losses) / steps
+    accuracy = sum(self._accuracies) / steps
+    epoch = self._step * self._batch_size / self._num_samples
+    self._summary_writer.add_summary(
+        tf.Summary(value=[tf.Summary.Value(tag='images_per_second',
+                                           simple_value=images_per_second)]), self._step)
+    if self._bar is not None:
+      self._bar.set_postfix_str(f'epoch {epoch:.1f}, loss {loss:.4f}, accuracy {accuracy:.3f}')
+      return
+    remaining = time.strftime(
+        '%H:%M:%S', time.gmtime((self._max_steps - self._step) * seconds_per_step))
+    per_tower = (f', {images_per_second / self._num_towers:.1f} per tower'
+                 if self._num_towers > 1 else '')
+    print(f'global step {self._step}/{self._max_steps}: loss = {loss:.4f}, '
+          f'accuracy = {accuracy:.3f} ({seconds_per_step:.3f} sec/step, '
+          f'{images_per_second:.1f} images/sec{per_tower}, epoch {epoch:.2f}, '
+          f'{remaining} left)', flush=True)
+
+
+class StopOnSignalHook(tf.train.SessionRunHook):
+  """Ends training after the running step on Ctrl-C or SIGTERM, so that it is saved.
+
+  A second signal ends the process at once; the last checkpoint stays whole.
+
+  Attributes:
+    received: the signal's name like 'SIGINT', or None.
+  """
+
+  def __init__(self):
+    self.received = None
+
+  def begin(self):
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(signal_number, self._receive)
+
+  def after_run(self, run_context, run_values):
+    if self.received:
+      run_context.request_stop()
+
+  def end(self, session):
+    self._restore_defaults()
+
+  def _receive(self, signal_number, frame):
+    self.received = signal.Signals(signal_number).name
+    self._restore_defaults()
+    print(f'\n{self.received}: finishing this step, then saving. '
+          'Once more ends at once, without saving.', file=sys.stderr, flush=True)
+
+  def _restore_defaults(self):
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(signal_number, signal.SIG_DFL)

@@ -1,0 +1,240 @@
+"""Xception, as a TF-Slim network.
+
+The network of "Xception: Deep Learning with Depthwise Separable Convolutions"
+(Chollet, https://arxiv.org/abs/1610.02357), figure 5, with the parameters of
+`keras.applications.Xception`: 22,855,952 trainable ones at 1000 classes.
+
+  import xception
+  import tf_slim as slim
+
+  with slim.arg_scope(xception.xception_arg_scope()):
+    logits, end_points = xception.xception(images, num_classes=5)
+
+Importing this module is enough to have a working tf-slim.
+"""
+
+import slim_bridge  # noqa: F401, first: tf_slim does not import without it.
+
+import tensorflow.compat.v1 as tf
+import tf_slim as slim
+
+# Depth of the residual stream in the middle flow, and how often its block of
+# three separable convolutions is repeated (paper, figure 5).
+MIDDLE_FLOW_DEPTH = 728
+MIDDLE_FLOW_BLOCKS = 8
+
+# keras.applications.Xception takes no smaller image, and neither do we.
+MIN_IMAGE_SIZE = 71
+
+
+def xception(inputs,
+             num_classes=1001,
+             is_training=True,
+             dropout_keep_prob=0.5,
+             fc_layers=(),
+             depth_multiplier=1.0,
+             min_depth=16,
+             prediction_fn=slim.softmax,
+             spatial_squeeze=True,
+             reuse=None,
+             scope='Xception'):
+  """Builds the Xception network; call it under `xception_arg_scope()`.
+
+  The shapes in the comments are those of a 299 x 299 image.
+
+  Args:
+    inputs: float32 [batch_size, height, width, 3] in [-1, 1]; height and width
+      are 71 or more and need not be equal; the batch size may be unknown.
+    num_classes: number of classes; 0 or None leaves dropout and logits out and
+      returns the features in front of them as `logits`, as slim's networks do.
+    is_training: Python bool; True uses the batch's statistics and dropout.
+    dropout_keep_prob: float in (0, 1], share of the features kept in front of
+      the logits while training (paper: 0.5 on ImageNet, 1.0 on JFT).
+    fc_layers: widths of the paper's optional fully connected layers in front
+      of the logits, for example (4096, 4096); none by default.
+    depth_multiplier: float > 0, scales the depth of every convolution.
+    min_depth: int, lower bound of a scaled depth.
+    prediction_fn: turns logits into end_points['Predictions'].
+    spatial_squeeze: True gives logits [batch_size, num_classes], False
+      [batch_size, 1, 1, num_classes].
+    reuse: True uses the variables of an earlier call with the same scope.
+    scope: name of the variable scope.
+
+  Returns:
+    logits: float32, see `spatial_squeeze`; before the softmax.
+    end_points: dict from a layer's name to its output: every convolution
+      (after its batch norm, before a ReLU that follows), every residual
+      branch, `block15_avg_pool`, `Logits` and `Predictions`.
+
+  Raises:
+    ValueError: depth_multiplier is not positive, or an image side is under 71.
+  """
+  if depth_multiplier <= 0:
+    raise ValueError(f'depth_multiplier must be greater than 0, got {depth_multiplier}')
+  _check_image_size(inputs)
+  end_points = {}
+
+  def depth(channels):
+    return max(int(channels * depth_multiplier), min_depth)
+
+  def conv(net, channels, kernel_size, name, **kwargs):
+    end_points[name] = slim.conv2d(net, depth(channels), kernel_size, scope=name, **kwargs)
+    return end_points[name]
+
+  def separable_conv(net, channels, name):
+    end_points[name] = slim.separable_conv2d(net, depth(channels), [3, 3], scope=name)
+    return end_points[name]
+
+  def downsample(net, residual_input, channels, block, residual_block):
+    residual = conv(residual_input, channels, [1, 1], f'{residual_block}_res_conv', stride=2)
+    net = slim.max_pool2d(net, [3, 3], stride=2, padding='SAME', scope=f'{block}_max_pool')
+    return tf.add(net, residual, name=f'{block}_add')
+
+  with tf.variable_scope(scope, 'Xception', [inputs], reuse=reuse), \
+       slim.arg_scope([slim.batch_norm, slim.dropout], is_training=is_training):
+    # Entry flow.
+    net = conv(inputs, 32, [3, 3], 'block1_conv1', stride=2, padding='VALID')
+    net = tf.nn.relu(net)  # 149 x 149 x 32
+    net = conv(net, 64, [3, 3], 'block1_conv2', padding='VALID')
+    net = residual = tf.nn.relu(net)  # 147 x 147 x 64
+
+    net = separable_conv(net, 128, 'block2_dws_conv1')
+    net = separable_conv(tf.nn.relu(net), 128, 'block2_dws_conv2')
+    net = residual = downsample(net, residual, 128, 'block2', 'block1')  # 74 x 74 x 128
+
+    net = separable_conv(tf.nn.relu(net), 256, 'block3_dws_conv1')
+    net = separable_conv(tf.nn.relu(net), 256, 'block3_dws_conv2')
+    net = residual = downsample(net, residual, 256, 'block3', 'block2')  # 37 x 37 x 256
+
+    net = separable_conv(tf.nn.relu(net), MIDDLE_FLOW_DEPTH, 'block4_dws_conv1')
+    net = separable_conv(tf.nn.relu(net), MIDDLE_FLOW_DEPTH, 'block4_dws_conv2')
+    net = downsample(net, residual, MIDDLE_FLOW_DEPTH, 'block4', 'block3')  # 19 x 19 x 728
+
+    # Middle flow.
+    for block in range(5, 5 + MIDDLE_FLOW_BLOCKS):
+      residual = net
+      for i in range(1, 4):
+        net = separable_conv(tf.nn.relu(net), MIDDLE_FLOW_DEPTH, f'block{block}_dws_conv{i}')
+      net = tf.add(net, residual, name=f'block{block}_add')  # 19 x 19 x 728
+
+    # Exit flow.
+    residual = net
+    net = separable_conv(tf.nn.relu(net), MIDDLE_FLOW_DEPTH, 'block13_dws_conv1')
+    net = separable_conv(tf.nn.relu(net), 1024, 'block13_dws_conv2')
+    net = downsample(net, residual, 1024, 'block13', 'block12')  # 10 x 10 x 1024
+
+    net = separable_conv(net, 1536, 'block14_dws_conv1')
+    net = separable_conv(tf.nn.relu(net), 2048, 'block14_dws_conv2')
+    net = tf.nn.relu(net)  # 10 x 10 x 2048
+
+    # The mean over whatever is left of the image: any image size works.
+    net = tf.reduce_mean(net, [1, 2], keepdims=True, name='block15_avg_pool')  # 1 x 1 x 2048
+    end_points['block15_avg_pool'] = net
+
+    with slim.arg_scope([slim.conv2d], normalizer_fn=None,
+                        biases_initializer=tf.zeros_initializer()):
+      for i, width in enumerate(fc_layers, 1):
+        net = slim.conv2d(net, width, [1, 1], activation_fn=tf.nn.relu, scope=f'fc{i}')
+        end_points[f'fc{i}'] = net
+
+      if not num_classes:
+        return _squeeze(net, spatial_squeeze), end_points
+
+      net = slim.dropout(net, keep_prob=dropout_keep_prob, scope='dropout')
+      # Equals the paper's dense layer: the image is 1 x 1 here.
+      logits = slim.conv2d(net, num_classes, [1, 1], scope='Logits')
+      logits = _squeeze(logits, spatial_squeeze)
+      end_points['Logits'] = logits
+      end_points['Predictions'] = prediction_fn(logits, scope='Predictions')
+  return logits, end_points
+
+
+xception.default_image_size = 299
+
+
+def xception_arg_scope(weight_decay=1e-5,
+                       batch_norm_decay=0.99,
+                       batch_norm_epsilon=0.001,
+                       batch_norm_scale=True,
+                       batch_norm_updates_collections=(tf.GraphKeys.UPDATE_OPS,)):
+  """Returns the arg scope that makes slim's layers those of Xception.
+
+  Args:
+    weight_decay: float, L2 regularization of every kernel (paper, section 4.3:
+      1e-5); biases and batch norms have none.
+    batch_norm_decay: float or scalar float32 tensor in [0, 1), decay of the
+      moving statistics (Keras: 0.99). Training that starts from fresh
+      variables wants `warmed_up_decay`.
+    batch_norm_epsilon: float, added to the variance (Keras: 0.001).
+    batch_norm_scale: whether a batch norm has gamma; the paper's network does.
+    batch_norm_updates_collections: collections that the updates of the moving
+      statistics are added to; whoever trains runs them with the train op.
+
+  Returns:
+    A slim arg scope.
+  """
+  batch_norm_params = {
+      'decay': batch_norm_decay,
+      'epsilon': batch_norm_epsilon,
+      'center': True,
+      'scale': batch_norm_scale,
+      # slim takes its fused path, which works on TensorFlow 2, for a list that
+      # is not the default string: see slim_bridge.
+      'updates_collections': list(batch_norm_updates_collections),
+  }
+  with slim.arg_scope([slim.conv2d, slim.separable_conv2d],
+                      activation_fn=None,
+                      normalizer_fn=slim.batch_norm,
+                      normalizer_params=batch_norm_params,
+                      weights_regularizer=slim.l2_regularizer(weight_decay)), \
+       slim.arg_scope([slim.conv2d], weights_initializer=_he_normal(2.0)), \
+       slim.arg_scope([slim.separable_conv2d],
+                      depth_multiplier=1,
+                      weights_initializer=_depthwise_he_normal(),
+                      pointwise_initializer=_he_normal(1.0)) as scope:
+    return scope
+
+
+def warmed_up_decay(decay, global_step):
+  """Returns a decay that follows fast in the first steps and slowly later on.
+
+  A moving average with the constant decay 0.99 still holds 60 % of its initial
+  value after 50 steps, so that a network trained briefly evaluates at chance
+  though it learned. min(decay, (1 + step) / (10 + step)) leaves less than a
+  thousandth of the initial value after 5 steps, and reaches 0.99 at step 890;
+  `tf.train.ExponentialMovingAverage` warms up by the same formula.
+
+  Args:
+    decay: float in [0, 1), reached after 9 / (1 - decay) steps.
+    global_step: integer scalar tensor, steps taken so far.
+
+  Returns:
+    float32 scalar tensor, for `batch_norm_decay`.
+  """
+  step = tf.cast(global_step, tf.float32)
+  return tf.minimum(decay, (1.0 + step) / (10.0 + step), name='batch_norm_decay')
+
+
+def _he_normal(gain):
+  # Keeps the second moment: gain 2.0 behind a ReLU, which halves it, else 1.0.
+  return tf.variance_scaling_initializer(gain, mode='fan_in', distribution='truncated_normal')
+
+
+def _depthwise_he_normal():
+  # One output of a depthwise 3 x 3 kernel sees 9 inputs, whatever its channels:
+  # variance_scaling_initializer would count 9 * channels, and the signal would
+  # shrink by the number of channels in every layer. All but one of the
+  # depthwise kernels follow a ReLU: variance 2 / 9. A normal distribution cut
+  # at two standard deviations has 0.87962566 of its standard deviation.
+  return tf.truncated_normal_initializer(stddev=(2.0 / 9.0)**0.5 / 0.87962566)
+
+
+def _squeeze(net, spatial_squeeze):
+  return tf.squeeze(net, [1, 2], name='SpatialSqueeze') if spatial_squeeze else net
+
+
+def _check_image_size(inputs):
+  height, width = inputs.shape.as_list()[1:3]
+  if min(height or MIN_IMAGE_SIZE, width or MIN_IMAGE_SIZE) < MIN_IMAGE_SIZE:
+    raise ValueError(f'Xception needs images of {MIN_IMAGE_SIZE} x {MIN_IMAGE_SIZE} pixels '
+                     f'or more, got {height} x {width}')

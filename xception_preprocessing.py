@@ -1,0 +1,236 @@
+"""Inception preprocessing of one image, as TF-Slim trains and evaluates Xception.
+
+  image = xception_preprocessing.preprocess_image(image, 299, 299, is_training=True)
+
+Training distorts: a random crop, resized without keeping its aspect, flipped,
+its colours shifted. Evaluation takes the central 87.5 %. What is random about
+a distortion is drawn first (`draw_distortion`) and then applied
+(`apply_distortion`), so that the same draws always give the same pixels.
+
+All resizing is TensorFlow 1's: pixel corners, not half-pixel centres, are
+sampled. `tf.image.resize` of TensorFlow 2 differs by up to 25/255.
+"""
+
+import collections
+
+import tensorflow.compat.v1 as tf
+from tensorflow.compat import v2 as tf2
+
+# Inception's distortions (TF-Slim, inception_preprocessing).
+MIN_OBJECT_COVERED = 0.1
+ASPECT_RATIO_RANGE = (0.75, 1.33)  # width / height of the crop
+AREA_RANGE = (0.05, 1.0)  # of the image's area
+MAX_ATTEMPTS = 100
+MAX_BRIGHTNESS_DELTA = 32.0 / 255.0
+SATURATION_RANGE = (0.5, 1.5)
+CONTRAST_RANGE = (0.5, 1.5)
+MAX_HUE_DELTA = 0.2
+CENTRAL_FRACTION = 0.875  # of each side, at evaluation
+
+RESIZE_METHODS = (
+    tf.image.ResizeMethod.BILINEAR,
+    tf.image.ResizeMethod.NEAREST_NEIGHBOR,
+    tf.image.ResizeMethod.BICUBIC,
+    tf.image.ResizeMethod.AREA,
+)
+# `Distortion.color_ordering` chooses a row. Fast mode has one row thrice, so
+# that a quarter of the images are brightened first.
+FAST_COLOR_ORDERINGS = (
+    ('brightness', 'saturation'),
+    ('saturation', 'brightness'),
+    ('saturation', 'brightness'),
+    ('saturation', 'brightness'),
+)
+FULL_COLOR_ORDERINGS = (
+    ('brightness', 'saturation', 'hue', 'contrast'),
+    ('saturation', 'brightness', 'contrast', 'hue'),
+    ('contrast', 'hue', 'brightness', 'saturation'),
+    ('hue', 'saturation', 'contrast', 'brightness'),
+)
+
+Distortion = collections.namedtuple('Distortion', [
+    'begin',  # int32 [3], the crop's first row, column and channel
+    'size',  # int32 [3], the crop's rows, columns and -1 for all channels
+    'box',  # float32 [1, 1, 4], the crop in fractions of the image, for drawing
+    'resize_method',  # int32 [], index into RESIZE_METHODS
+    'flip',  # bool [], whether left and right are exchanged
+    'color_ordering',  # int32 [], index into the colour orderings
+    'brightness',  # float32 [], added
+    'saturation',  # float32 [], factor
+    'contrast',  # float32 [], factor
+    'hue',  # float32 [], added, in turns
+])
+
+
+def preprocess_image(image, height, width, is_training=False, bbox=None, fast_mode=True,
+                     add_image_summaries=True, seed=None):
+  """Turns a decoded image into the network's input.
+
+  Args:
+    image: [image_height, image_width, 3], uint8 in [0, 255] or another integer
+      type's range, or float in [0, 1].
+    height, width: output size in pixels; both may be None at evaluation, which
+      keeps the central crop's own size.
+    is_training: Python bool; True distorts, False takes the central crop.
+    bbox: float32 [1, boxes, 4] of (ymin, xmin, ymax, xmax) in [0, 1], objects
+      that a training crop must cover in part; None is the whole image.
+    fast_mode: True resizes bilinearly and shifts brightness and saturation;
+      False draws one of four resize methods and shifts contrast and hue too.
+    add_image_summaries: True adds the steps of a training distortion as image
+      summaries (to the graph it is called in: none arrive from a tf.data map).
+    seed: integer [2]; the same seed distorts the same image in the same way.
+      None draws one.
+
+  Returns:
+    float32 [height, width, 3] in [-1, 1].
+  """
+  if is_training:
+    return preprocess_for_train(image, height, width, bbox, fast_mode,
+                                add_image_summaries, seed)
+  return preprocess_for_eval(image, height, width)
+
+
+def preprocess_for_train(image, height, width, bbox=None, fast_mode=True,
+                         add_image_summaries=True, seed=None):
+  """Distorts one image at random; arguments and result as `preprocess_image`."""
+  with tf.name_scope('distort_image'):
+    if seed is None:
+      seed = tf.random.uniform([2], maxval=tf.int64.max, dtype=tf.int64)
+    image = tf.image.convert_image_dtype(image, tf.float32)
+    distortion = draw_distortion(tf.shape(image), seed, bbox, fast_mode)
+    return apply_distortion(image, distortion, height, width, fast_mode,
+                            bbox, add_image_summaries)
+
+
+def preprocess_for_eval(image, height, width, central_fraction=CENTRAL_FRACTION):
+  """Takes the central crop of one image; see `preprocess_image`."""
+  with tf.name_scope('eval_image'):
+    image = tf.image.convert_image_dtype(image, tf.float32)
+    if central_fraction:
+      image = tf.image.central_crop(image, central_fraction)
+    if height and width:
+      image = tf.image.resize_bilinear(image[tf.newaxis], [height, width],
+                                       align_corners=False)[0]
+    return _to_network_range(image)
+
+
+def draw_distortion(image_shape, seed, bbox=None, fast_mode=True):
+  """Draws everything that is random about the distortion of one image.
+
+  Args:
+    image_shape: int32 [3], the image's height, width and channels.
+    seed: integer [2]; the result is a pure function of the arguments.
+    bbox, fast_mode: as in `preprocess_image`.
+
+  Returns:
+    A `Distortion` of tensors.
+  """
+  seeds = tf.unstack(tf.random.split(seed, 8))  # a random stream for each draw
+  begin, size, box = tf2.image.stateless_sample_distorted_bounding_box(
+      image_shape,
+      bounding_boxes=_whole_image() if bbox is None else bbox,
+      seed=seeds[0],
+      min_object_covered=MIN_OBJECT_COVERED,
+      aspect_ratio_range=ASPECT_RATIO_RANGE,
+      area_range=AREA_RANGE,
+      max_attempts=MAX_ATTEMPTS,
+      use_image_if_no_bounding_boxes=True)
+
+  def uniform(index, low, high, dtype=tf.float32):
+    return tf.random.stateless_uniform([], seeds[index], low, high, dtype)
+
+  return Distortion(
+      begin=begin,
+      size=size,
+      box=box,
+      resize_method=tf.constant(0) if fast_mode else uniform(1, 0, 4, tf.int32),
+      flip=uniform(2, 0.0, 1.0) < 0.5,
+      color_ordering=uniform(3, 0, 4, tf.int32),
+      brightness=uniform(4, -MAX_BRIGHTNESS_DELTA, MAX_BRIGHTNESS_DELTA),
+      saturation=uniform(5, *SATURATION_RANGE),
+      contrast=uniform(6, *CONTRAST_RANGE),
+      hue=uniform(7, -MAX_HUE_DELTA, MAX_HUE_DELTA))
+
+
+def apply_distortion(image, distortion, height, width, fast_mode=True,
+                     bbox=None, add_image_summaries=False):
+  """Applies drawn distortions to one image.
+
+  Args:
+    image: float32 [image_height, image_width, 3] in [0, 1].
+    distortion: a `Distortion`; its fields may be tensors or plain numbers.
+    height, width: output size in pixels.
+    fast_mode: as it was drawn.
+    bbox, add_image_summaries: as in `preprocess_image`.
+
+  Returns:
+    float32 [height, width, 3] in [-1, 1].
+  """
+  if add_image_summaries:
+    _summarize_boxes(image, _whole_image() if bbox is None else bbox, distortion.box)
+
+  # The slice loses the static number of channels.
+  image = tf.ensure_shape(tf.slice(image, distortion.begin, distortion.size), [None, None, 3])
+  image = _resize(image, height, width, distortion.resize_method, fast_mode)
+  if add_image_summaries:
+    tf.summary.image('cropped_resized_image', image[tf.newaxis])
+
+  flipped = tf.image.flip_left_right(image)
+  image = tf.where(tf.broadcast_to(distortion.flip, tf.shape(image)), flipped, image)
+
+  image = _distort_color(image, distortion, fast_mode)
+  if add_image_summaries:
+    tf.summary.image('final_distorted_image', image[tf.newaxis])
+  return _to_network_range(image)
+
+
+def _resize(image, height, width, method, fast_mode):
+  if fast_mode:
+    return tf.image.resize_bilinear(image[tf.newaxis], [height, width],
+                                    align_corners=False)[0]
+
+  def resize_by(resize_method):
+    return lambda: tf.image.resize_images(image, [height, width], resize_method,
+                                          align_corners=False)
+
+  image = tf.switch_case(method, [resize_by(m) for m in RESIZE_METHODS])
+  return tf.ensure_shape(image, [height, width, 3])
+
+
+def _distort_color(image, distortion, fast_mode):
+  """Shifts the colours in the drawn order; clipped to [0, 1] once, at the end."""
+  shifts = {
+      'brightness': lambda net: tf.image.adjust_brightness(net, distortion.brightness),
+      'saturation': lambda net: tf.image.adjust_saturation(net, distortion.saturation),
+      'contrast': lambda net: tf.image.adjust_contrast(net, distortion.contrast),
+      'hue': lambda net: tf.image.adjust_hue(net, distortion.hue),
+  }
+
+  def shift_in_order(names):
+    def shift():
+      net = image
+      for name in names:
+        net = shifts[name](net)
+      return net
+    return shift
+
+  orderings = FAST_COLOR_ORDERINGS if fast_mode else FULL_COLOR_ORDERINGS
+  image = tf.switch_case(distortion.color_ordering, [shift_in_order(o) for o in orderings])
+  return tf.clip_by_value(image, 0.0, 1.0)
+
+
+def _summarize_boxes(image, bbox, distorted_box):
+  images = image[tf.newaxis]
+  red = [[1.0, 0.0, 0.0]]
+  tf.summary.image('image_with_bounding_boxes',
+                   tf2.image.draw_bounding_boxes(images, bbox, red))
+  tf.summary.image('images_with_distorted_bounding_box',
+                   tf2.image.draw_bounding_boxes(images, distorted_box, red))
+
+
+def _whole_image():
+  return tf.constant([0.0, 0.0, 1.0, 1.0], shape=[1, 1, 4])
+
+
+def _to_network_range(image):
+  return (image - 0.5) * 2.0
