@@ -248,16 +248,19 @@ def read_error_message(error):
   Args:
     error: tf.errors.OpError raised by a session that ran `load_batch`.
   """
-  if error.op is None or error.op.type != 'IteratorGetNext':
+  # The op that failed is one of the pipeline's own graph, which error.op does
+  # not know; the message ends with the op that asked for the batch.
+  if 'IteratorGetNext' not in error.message:
     return None
-  message = error.message.split(' [[')[0].split('\n')[0].strip()
-  return f'A record cannot be read: {message}'
+  message = error.message.removeprefix('Graph execution error:').strip()
+  return f'A record cannot be read: {message.splitlines()[0]}'
 
 
 def _shuffled_records(dataset, seed, first_image, num_readers):
   """Endless dataset of (index, (record, path)); index counts all images ever read."""
   def epoch_records(epoch):
-    epoch_seed = tf.random.fold_in(tf.constant([seed, 0], tf.int64), epoch)[0]
+    epoch_seed = tf.random.stateless_uniform(
+        [], tf.stack([tf.constant(seed, tf.int64), epoch]), maxval=tf.int64.max, dtype=tf.int64)
     files = tf.data.Dataset.from_tensor_slices(dataset.data_sources)
     files = files.shuffle(len(dataset.data_sources), epoch_seed)
     # Undecoded records are shuffled: a hundredth of the memory of images.

@@ -254,7 +254,7 @@ def parse_args(argv=None):
                      help='decay of the moving statistics, once warmed up')
 
   group = parser.add_argument_group('optimization')
-  group.add_argument('--num_epochs', type=float, default=60,
+  group.add_argument('--num_epochs', type=float, default=40,
                      help='how many times every image is seen')
   group.add_argument('--max_number_of_steps', type=int,
                      help='ends training earlier, after this step')

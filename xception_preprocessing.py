@@ -193,7 +193,7 @@ def _resize(image, height, width, method, fast_mode):
     return lambda: tf.image.resize_images(image, [height, width], resize_method,
                                           align_corners=False)
 
-  image = tf.switch_case(method, [resize_by(m) for m in RESIZE_METHODS])
+  image = tf.switch_case(tf.convert_to_tensor(method), [resize_by(m) for m in RESIZE_METHODS])
   return tf.ensure_shape(image, [height, width, 3])
 
 
@@ -215,7 +215,8 @@ def _distort_color(image, distortion, fast_mode):
     return shift
 
   orderings = FAST_COLOR_ORDERINGS if fast_mode else FULL_COLOR_ORDERINGS
-  image = tf.switch_case(distortion.color_ordering, [shift_in_order(o) for o in orderings])
+  image = tf.switch_case(tf.convert_to_tensor(distortion.color_ordering),
+                         [shift_in_order(names) for names in orderings])
   return tf.clip_by_value(image, 0.0, 1.0)
 
 
