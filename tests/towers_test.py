@@ -1,0 +1,238 @@
+"""Tests of the towers: same step whatever their number, gradients averaged once."""
+
+import functools
+from unittest import mock
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+import tf_slim as slim
+import towers
+import train_flowers
+import xception
+
+NUM_CLASSES = 3
+IMAGE_SIZE = 71
+DEPTH_MULTIPLIER = 0.125
+LEARNING_RATE = 0.01
+
+
+def setUpModule():
+  tf.disable_v2_behavior()
+  tf.enable_resource_variables()
+
+
+def batch(size=8):
+  random = np.random.default_rng(0)
+  images = random.uniform(-1, 1, [size, IMAGE_SIZE, IMAGE_SIZE, 3]).astype(np.float32)
+  return images, np.arange(size) % NUM_CLASSES
+
+
+def initialize(session, values=None):
+  """Initializes every variable, with values[name] where there is one."""
+  values = values or {}
+  session.run(tf.global_variables_initializer(),
+              {variable.initializer.inputs[1]: values[variable.op.name]
+               for variable in tf.global_variables() if variable.op.name in values})
+
+
+def take_step(num_towers, is_training=False, initial_values=None,
+               weight_decay=1e-3, inputs=None):
+  """Takes one step of `build_train_step` on CPU towers.
+
+  With is_training False batch norm is frozen and nothing is dropped: then a
+  step is the same arithmetic for any number of towers.
+
+  Returns:
+    loss, accuracy: of the step.
+    values: {variable name: value} after the step.
+    initial_values: {variable name: value} before it.
+  """
+  images, labels = inputs or batch()
+  devices = towers.tower_devices(num_towers, clone_on_cpu=True)
+  with tf.Graph().as_default():
+    tf.set_random_seed(1)
+    global_step = tf.train.get_or_create_global_step()
+    learning_rate = tf.constant(LEARNING_RATE)
+    loss_fn = functools.partial(
+        train_flowers.tower_loss, num_classes=NUM_CLASSES, is_training=is_training,
+        depth_multiplier=DEPTH_MULTIPLIER, dropout_keep_prob=1.0, label_smoothing=0.0)
+    # Decay 0: the moving statistics are those of the last training batch.
+    with slim.arg_scope(xception.xception_arg_scope(weight_decay, batch_norm_decay=0.0)):
+      step = train_flowers.build_train_step(
+          tf.constant(images), tf.constant(labels), loss_fn,
+          tf.train.MomentumOptimizer(learning_rate, 0.9), learning_rate, devices, global_step)
+    variables = {variable.op.name: variable for variable in tf.global_variables()}
+    with tf.Session(config=towers.session_config(devices)) as session:
+      initialize(session, initial_values)
+      before = session.run(variables)
+      _, loss, accuracy = session.run([step.train_op, step.loss, step.accuracy])
+      return loss, accuracy, session.run(variables), before
+
+
+class AverageGradientsTest(tf.test.TestCase):
+
+  def test_mean_is_numpys(self):
+    random = np.random.default_rng(0)
+    for num_towers in (1, 2, 3, 4):
+      with tf.Graph().as_default(), tf.Session() as session:
+        variables = [tf.get_variable(name, shape) for name, shape in
+                     [('kernel', [3, 3, 4, 8]), ('bias', [8]), ('scalar', [])]]
+        values = [random.normal(size=[num_towers, *v.shape.as_list()]).astype(np.float32)
+                  for v in variables]
+        averaged = towers.average_gradients(
+            [[(tf.constant(value[i]), v) for value, v in zip(values, variables)]
+             for i in range(num_towers)])
+        self.assertEqual([v for _, v in averaged], variables)
+        for (gradient, _), value in zip(averaged, values):
+          self.assertAllClose(session.run(gradient), np.mean(value, 0), rtol=1e-6, atol=1e-6)
+
+  def test_a_variable_without_gradient_is_named(self):
+    with tf.Graph().as_default():
+      unused = tf.get_variable('unused', [])
+      with self.assertRaisesRegex(ValueError, 'does not depend on the variable unused'):
+        towers.average_gradients([[(None, unused)]])
+
+
+class ReplicateTest(tf.test.TestCase):
+
+  def test_every_tower_has_its_part_and_its_device(self):
+    def tower(images, labels):
+      weights = slim.model_variable('weights', [])
+      return images, labels, images * weights
+
+    with tf.Graph().as_default():
+      devices = towers.tower_devices(4, clone_on_cpu=True)
+      outputs = towers.replicate(tower, devices, tf.reshape(tf.range(16.0), [8, 2]), tf.range(8))
+      self.assertLen(slim.get_model_variables(), 1)
+      self.assertEqual(slim.get_model_variables()[0].device, '/device:CPU:0')
+      for i, output in enumerate(outputs):
+        self.assertEqual(output[2].device, f'/device:CPU:{i}')
+        self.assertStartsWith(output[2].name, towers.tower_scope(i) + '/')
+      with tf.Session(config=towers.session_config(devices)) as session:
+        parts = session.run([output[:2] for output in outputs])
+    self.assertAllEqual(np.concatenate([labels for _, labels in parts]), np.arange(8))
+    self.assertAllEqual(np.concatenate([images for images, _ in parts]),
+                        np.arange(16.0).reshape(8, 2))
+
+  def test_towers_run_on_devices_of_their_own(self):
+    devices = towers.tower_devices(2, clone_on_cpu=True)
+    with tf.Graph().as_default(), tf.Session(config=towers.session_config(devices)) as session:
+      names = [device.name for device in session.list_devices()]
+    self.assertLen(names, 2)
+    self.assertEndsWith(names[0], 'CPU:0')
+    self.assertEndsWith(names[1], 'CPU:1')
+
+
+class DevicesTest(tf.test.TestCase):
+
+  def devices(self, num_gpus, *args, **kwargs):
+    gpus = [tf.config.PhysicalDevice(f'/physical_device:GPU:{i}', 'GPU') for i in range(num_gpus)]
+    with mock.patch.object(tf.config, 'list_physical_devices', return_value=gpus):
+      return towers.tower_devices(*args, **kwargs)
+
+  def test_all_gpus_by_default(self):
+    self.assertEqual(self.devices(3), ['/gpu:0', '/gpu:1', '/gpu:2'])
+    self.assertEqual(self.devices(3, 2), ['/gpu:0', '/gpu:1'])
+
+  def test_the_cpu_without_gpus(self):
+    self.assertEqual(self.devices(0), ['/cpu:0'])
+
+  def test_cpu_towers(self):
+    self.assertEqual(self.devices(3, 2, clone_on_cpu=True), ['/cpu:0', '/cpu:1'])
+    self.assertEqual(self.devices(3, clone_on_cpu=True), ['/cpu:0'])
+
+  def test_too_many_towers(self):
+    with self.assertRaisesRegex(
+        towers.DeviceError, r'needs 4 GPUs, but TensorFlow finds 2 '
+        r'\(/physical_device:GPU:0, /physical_device:GPU:1\)'):
+      self.devices(2, 4)
+    with self.assertRaisesRegex(towers.DeviceError, r'finds 0 \(none\).*--clone_on_cpu'):
+      self.devices(0, 1)
+    with self.assertRaisesRegex(towers.DeviceError, 'must be 1 or more, got 0'):
+      self.devices(2, 0)
+
+  def test_one_towers_variables_stay_beside_it(self):
+    self.assertEqual(towers.variables_device(['/gpu:0']), '/gpu:0')
+    self.assertEqual(towers.variables_device(['/gpu:0', '/gpu:1']), '/cpu:0')
+
+
+class TrainStepTest(tf.test.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    # Statistics that fit the weights, as in a network that has begun to learn.
+    _, _, cls.values, _ = take_step(1, is_training=True)
+
+  def test_any_number_of_towers_takes_the_same_step(self):
+    loss, accuracy, expected, initial_values = take_step(
+        1, initial_values=self.values)
+    for num_towers in (2, 4):
+      tower_loss, tower_accuracy, values, _ = take_step(
+          num_towers, initial_values=initial_values)
+      self.assertAllClose(tower_loss, loss, rtol=1e-5)
+      self.assertEqual(tower_accuracy, accuracy)
+      self.assertEqual(values.keys(), expected.keys())
+      for name, value in values.items():
+        scale = max(1.0, np.abs(expected[name]).max())
+        self.assertAllClose(value / scale, expected[name] / scale, rtol=0, atol=1e-5, msg=name)
+    steps = [np.abs(value - initial_values[name]).max() for name, value in expected.items()]
+    self.assertGreater(np.median(steps), 1e-4)  # far above the tolerance: there was a step
+
+  def test_step_is_that_of_tensorflows_own_gradients(self):
+    # The whole batch in one tower, loss and L2 by TensorFlow alone.
+    images, labels = batch()
+    _, _, values, initial_values = take_step(2, initial_values=self.values)
+    self.assertEqual(values['global_step'], initial_values['global_step'] + 1)
+    with tf.Graph().as_default(), tf.Session() as session:
+      with slim.arg_scope(xception.xception_arg_scope(1e-3)):
+        logits, _ = xception.xception(tf.constant(images), NUM_CLASSES, is_training=False,
+                                      depth_multiplier=DEPTH_MULTIPLIER)
+      l2 = [1e-3 * tf.nn.l2_loss(v) for v in tf.trainable_variables() if 'weights' in v.name]
+      loss = tf.add_n(l2) + tf.reduce_mean(
+          tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits))
+      variables = tf.trainable_variables()
+      gradients = tf.gradients(loss, variables)
+      initialize(session, initial_values)
+      for variable, gradient in zip(variables, session.run(gradients)):
+        momentum = 0.9 * initial_values[variable.op.name + '/Momentum'] + gradient
+        expected = initial_values[variable.op.name] - LEARNING_RATE * momentum
+        scale = max(1.0, np.abs(expected).max())
+        self.assertAllClose(values[variable.op.name] / scale, expected / scale,
+                            rtol=0, atol=1e-5, msg=variable.op.name)
+
+  def test_moving_statistics_are_the_first_towers(self):
+    images, labels = batch(8)
+    _, _, together, initial_values = take_step(2, is_training=True, inputs=(images, labels))
+    _, _, first, _ = take_step(1, is_training=True, initial_values=initial_values,
+                                inputs=(images[:4], labels[:4]))
+    names = [name for name in first if 'moving_' in name and 'Momentum' not in name]
+    self.assertLen(names, 80)  # 40 batch norms
+    for name in names:
+      self.assertAllClose(together[name], first[name], rtol=1e-5, atol=1e-6, msg=name)
+      self.assertNotAllClose(together[name], initial_values[name], rtol=1e-6, atol=1e-9, msg=name)
+
+  def test_a_loss_that_is_not_finite_leaves_the_weights_alone(self):
+    images, labels = batch(4)
+    images[1, 2, 3, 0] = np.nan
+    with tf.Graph().as_default(), tf.Session() as session:
+      global_step = tf.train.get_or_create_global_step()
+      loss_fn = functools.partial(
+          train_flowers.tower_loss, num_classes=NUM_CLASSES, is_training=False,
+          depth_multiplier=DEPTH_MULTIPLIER, dropout_keep_prob=1.0, label_smoothing=0.0)
+      with slim.arg_scope(xception.xception_arg_scope()):
+        step = train_flowers.build_train_step(
+            tf.constant(images), tf.constant(labels), loss_fn,
+            tf.train.GradientDescentOptimizer(0.1), tf.constant(0.1), ['/cpu:0'], global_step)
+      initialize(session)
+      before = session.run(tf.global_variables())
+      with self.assertRaises(tf.errors.InvalidArgumentError) as context:
+        session.run(step.train_op)
+      self.assertIs(context.exception.op, step.finite_check)
+      for value, expected in zip(session.run(tf.global_variables()), before):
+        self.assertAllEqual(value, expected)
+
+
+if __name__ == '__main__':
+  tf.test.main()
