@@ -24,6 +24,7 @@ import tqdm
 
 import checkpoints
 import flowers
+import options
 import xception
 
 GRID_ROWS, GRID_COLUMNS = 5, 6
@@ -128,7 +129,7 @@ def write_events(log_eval, metrics, predictions_png):
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__.split('\n')[0],
-      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+      formatter_class=options.HelpFormatter)
   parser.add_argument('--dataset_dir', default='dataset',
                       help='folder of the TFRecords and labels.txt')
   parser.add_argument('--dataset_split_name', default='validation', choices=flowers.SPLITS,
@@ -140,12 +141,9 @@ def parse_args(argv=None):
                       '(default: the newest of --log_dir)')
   parser.add_argument('--log_eval', '--eval_dir',
                       help='folder of the results (default: eval in --log_dir)')
-  parser.add_argument('--batch_size', type=int, default=32,
+  parser.add_argument('--batch_size', type=options.positive_int, default=32,
                       help='images per step; does not change the result')
-  args = parser.parse_args(argv)
-  if args.batch_size < 1:
-    parser.error(f'--batch_size must be greater than 0, got {args.batch_size}')
-  return args
+  return parser.parse_args(argv)
 
 
 def main(args):

@@ -16,18 +16,16 @@ def tower_devices(num_clones=None, clone_on_cpu=False):
   """Chooses the device of each tower.
 
   Args:
-    num_clones: number of towers; None is one on every GPU, or one on the CPU
-      of a machine without a GPU.
+    num_clones: number of towers, 1 or more; None is one on every GPU, or one on
+      the CPU of a machine without a GPU.
     clone_on_cpu: puts the towers on the CPU, each on a CPU device of its own.
 
   Returns:
     List of device names like '/gpu:0'.
 
   Raises:
-    DeviceError: there are fewer GPUs than towers, or num_clones is under 1.
+    DeviceError: there are fewer GPUs than towers.
   """
-  if num_clones is not None and num_clones < 1:
-    raise DeviceError(f'--num_clones must be 1 or more, got {num_clones}')
   gpus = [] if clone_on_cpu else tf.config.list_physical_devices('GPU')
   if clone_on_cpu or (num_clones is None and not gpus):
     return [f'/cpu:{i}' for i in range(num_clones or 1)]

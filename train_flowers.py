@@ -8,7 +8,6 @@ its part of the batch; their gradients are averaged. Writes checkpoints,
 again resumes where the last checkpoint was written.
 """
 
-import argparse
 import collections
 import math
 import os
@@ -22,6 +21,8 @@ import tf_slim as slim
 
 import checkpoints
 import flowers
+import optimization
+import options
 import towers
 import training_hooks
 import xception
@@ -42,46 +43,6 @@ TrainStep = collections.namedtuple('TrainStep', [
 
 class TrainingError(Exception):
   """Training cannot start or go on; the message says why and what to do."""
-
-
-def configure_learning_rate(decay_type, learning_rate, decay_factor, end_learning_rate,
-                            global_step, batch_size, num_samples, num_epochs_per_decay,
-                            max_steps):
-  """Returns the learning rate of this step, a float32 scalar tensor.
-
-  Decay counts images seen, so it does not depend on the number of towers.
-
-  Args:
-    decay_type: 'fixed', 'exponential' (times decay_factor every
-      num_epochs_per_decay epochs, in steps) or 'polynomial' (linear down to
-      end_learning_rate at max_steps).
-    learning_rate, decay_factor, end_learning_rate: floats; the rate never
-      falls below end_learning_rate.
-    global_step: int64 [].
-    batch_size: images per step, summed over towers.
-    num_samples: images per epoch.
-    num_epochs_per_decay: float.
-    max_steps: the step that training ends with.
-  """
-  if decay_type == 'fixed':
-    return tf.constant(learning_rate, name='learning_rate')
-  if decay_type == 'polynomial':
-    return tf.train.polynomial_decay(learning_rate, global_step, max_steps,
-                                     end_learning_rate, name='learning_rate')
-  decays = tf.floor(tf.cast(global_step, tf.float64)
-                    * (batch_size / (num_samples * num_epochs_per_decay)))
-  rate = learning_rate * tf.cast(decay_factor, tf.float64)**decays
-  return tf.maximum(tf.cast(rate, tf.float32), end_learning_rate, name='learning_rate')
-
-
-def configure_optimizer(name, learning_rate, momentum, adam_beta1, adam_beta2,
-                        rmsprop_decay, opt_epsilon):
-  """Returns the tf.train.Optimizer called `name`: 'adam', 'rmsprop' or 'sgd'."""
-  if name == 'adam':
-    return tf.train.AdamOptimizer(learning_rate, adam_beta1, adam_beta2, opt_epsilon)
-  if name == 'rmsprop':
-    return tf.train.RMSPropOptimizer(learning_rate, rmsprop_decay, momentum, opt_epsilon)
-  return tf.train.MomentumOptimizer(learning_rate, momentum)
 
 
 def tower_loss(images, labels, num_classes, is_training, depth_multiplier,
@@ -227,103 +188,6 @@ def run_training(step, log_dir, devices, batch_size, num_samples, start_step, ma
   return reached, stop_on_signal.received
 
 
-def parse_args(argv=None):
-  parser = argparse.ArgumentParser(
-      description=__doc__.split('\n')[0],
-      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-  group = parser.add_argument_group('data')
-  group.add_argument('--dataset_dir', default='dataset',
-                     help='folder of the TFRecords and labels.txt')
-  group.add_argument('--batch_size', type=int, default=16,
-                     help='images per step, summed over towers')
-  group.add_argument('--image_size', '--train_image_size', type=int,
-                     default=xception.xception.default_image_size,
-                     help='height and width of the network\'s input in pixels, 71 or more')
-  group.add_argument('--num_readers', type=int, default=4,
-                     help='files read at the same time')
-  group.add_argument('--num_preprocessing_threads', type=int, default=tf.data.AUTOTUNE,
-                     help='images preprocessed at the same time; -1 finds the best number')
-
-  group = parser.add_argument_group('network')
-  group.add_argument('--depth_multiplier', type=float, default=1.0,
-                     help='scales the depth of every layer; below 1 for quick trials')
-  group.add_argument('--dropout_keep_prob', type=float, default=0.5,
-                     help='share of the features kept in front of the logits')
-  group.add_argument('--batch_norm_decay', type=float, default=0.99,
-                     help='decay of the moving statistics, once warmed up')
-
-  group = parser.add_argument_group('optimization')
-  group.add_argument('--num_epochs', type=float, default=40,
-                     help='how many times every image is seen')
-  group.add_argument('--max_number_of_steps', type=int,
-                     help='ends training earlier, after this step')
-  group.add_argument('--optimizer', choices=['adam', 'rmsprop', 'sgd'], default='adam',
-                     help='sgd has momentum')
-  group.add_argument('--learning_rate', '--initial_learning_rate', type=float, default=0.001,
-                     help='at the first step')
-  group.add_argument('--learning_rate_decay_type', default='polynomial',
-                     choices=['fixed', 'exponential', 'polynomial'],
-                     help='polynomial is a straight line to --end_learning_rate')
-  group.add_argument('--learning_rate_decay_factor', type=float, default=0.94,
-                     help='exponential decay: factor of one decay')
-  group.add_argument('--num_epochs_per_decay', '--num_epochs_before_decay', type=float,
-                     default=2.0, help='exponential decay: epochs between two decays')
-  group.add_argument('--end_learning_rate', type=float, default=0.00001,
-                     help='the rate does not fall below it')
-  group.add_argument('--weight_decay', type=float, default=0.00001,
-                     help='L2 regularization of the kernels')
-  group.add_argument('--label_smoothing', type=float, default=0.0,
-                     help='share of the label that is spread over all classes')
-  group.add_argument('--momentum', '--rmsprop_momentum', type=float, default=0.9,
-                     help='of sgd and rmsprop')
-  group.add_argument('--rmsprop_decay', type=float, default=0.9,
-                     help='of the mean square gradient')
-  group.add_argument('--adam_beta1', type=float, default=0.9,
-                     help='decay of the mean gradient')
-  group.add_argument('--adam_beta2', type=float, default=0.999,
-                     help='decay of the mean square gradient')
-  group.add_argument('--opt_epsilon', type=float, default=1e-7,
-                     help='added to the denominator by adam and rmsprop')
-
-  group = parser.add_argument_group('devices')
-  group.add_argument('--num_clones', type=int,
-                     help='number of towers (default: one on every GPU, or one on the CPU)')
-  group.add_argument('--clone_on_cpu', action='store_true',
-                     help='puts the towers on the CPU, to try them without GPUs')
-
-  group = parser.add_argument_group('run')
-  group.add_argument('--log_dir', '--train_dir', default='./log',
-                     help='folder of checkpoints and TensorBoard events')
-  group.add_argument('--seed', type=int,
-                     help='of the weights, the order and the distortions (default: drawn '
-                     'for a new --log_dir, kept for an old one)')
-  group.add_argument('--log_every_n_steps', type=int, default=10,
-                     help='steps between two lines of progress')
-  group.add_argument('--save_summaries_secs', type=int, default=10,
-                     help='seconds between two TensorBoard points')
-  group = group.add_mutually_exclusive_group()
-  group.add_argument('--save_interval_secs', type=int, default=600,
-                     help='seconds between two checkpoints')
-  group.add_argument('--save_interval_steps', type=int,
-                     help='steps between two checkpoints, instead of seconds')
-
-  args = parser.parse_args(argv)
-  for name in ('batch_size', 'num_epochs', 'max_number_of_steps', 'num_readers',
-               'learning_rate', 'num_epochs_per_decay', 'depth_multiplier',
-               'log_every_n_steps', 'save_summaries_secs', 'save_interval_secs',
-               'save_interval_steps'):
-    value = getattr(args, name)
-    if value is not None and not value > 0:
-      parser.error(f'--{name} must be greater than 0, got {value}')
-  if args.image_size < xception.MIN_IMAGE_SIZE:
-    parser.error(f'--image_size must be {xception.MIN_IMAGE_SIZE} or more, '
-                 f'got {args.image_size}')
-  if not 0 < args.dropout_keep_prob <= 1:
-    parser.error(f'--dropout_keep_prob must be in (0, 1], got {args.dropout_keep_prob}')
-  return args
-
-
 def configure_model(dataset, log_dir, checkpoint, image_size, depth_multiplier, seed):
   """Stores what is trained in log_dir, or checks it against what is stored there.
 
@@ -380,11 +244,11 @@ def main(args):
 
   tf.set_random_seed(config.seed)
   global_step = tf.train.get_or_create_global_step()
-  learning_rate = configure_learning_rate(
+  learning_rate = optimization.configure_learning_rate(
       args.learning_rate_decay_type, args.learning_rate, args.learning_rate_decay_factor,
       args.end_learning_rate, global_step, args.batch_size, dataset.num_samples,
       args.num_epochs_per_decay, max_steps)
-  optimizer = configure_optimizer(
+  optimizer = optimization.configure_optimizer(
       args.optimizer, learning_rate, args.momentum, args.adam_beta1, args.adam_beta2,
       args.rmsprop_decay, args.opt_epsilon)
   images, labels = flowers.load_batch(
@@ -417,7 +281,7 @@ if __name__ == '__main__':
   tf.disable_v2_behavior()
   tf.enable_resource_variables()
   try:
-    main(parse_args())
+    main(options.parse_train_args(__doc__.split('\n')[0]))
   except (flowers.DatasetError, towers.DeviceError, checkpoints.CheckpointError,
           TrainingError) as error:
     sys.exit(f'train_flowers.py: {error}')

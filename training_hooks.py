@@ -39,7 +39,8 @@ class ProgressHook(tf.train.SessionRunHook):
     self._bar = None
 
   def after_create_session(self, session, coord):
-    self._step = session.run(self._fetches['step'])
+    # The variable itself: the fetch would take a step.
+    self._step = session.run(tf.train.get_global_step())
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=self._max_steps * self._batch_size,
                             initial=self._step * self._batch_size,

@@ -21,6 +21,7 @@ import tf_slim as slim
 
 import checkpoints
 import flowers
+import options
 import xception
 
 INPUT_NODE = 'input'
@@ -95,7 +96,7 @@ def parse_args(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__.split('\n')[0],
       epilog='A .pb is a program: load only files that you or someone you trust made.',
-      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+      formatter_class=options.HelpFormatter)
   parser.add_argument('--log_dir', '--train_dir', default='./log',
                       help='folder that train_flowers.py wrote')
   parser.add_argument('--checkpoint_path',

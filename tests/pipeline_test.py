@@ -1,0 +1,335 @@
+"""Tests of the scripts as they are run: train, resume, evaluate, freeze, and their ends."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+import tensorflow.compat.v1 as tf
+
+import checkpoints
+import flowers
+import write_pb
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DATASET_DIR = os.path.join(PROJECT, 'dataset')
+# A small network that learns nothing in a few steps, the same in every run.
+TRAIN = ['train_flowers.py', '--dataset_dir', DATASET_DIR, '--image_size', '71',
+         '--depth_multiplier', '0.125', '--batch_size', '8', '--clone_on_cpu', '--seed', '1',
+         '--learning_rate_decay_type', 'fixed', '--dropout_keep_prob', '1',
+         '--log_every_n_steps', '1']
+
+
+def setUpModule():
+  tf.disable_v2_behavior()
+  tf.enable_resource_variables()
+
+
+def start(*args, cwd=PROJECT):
+  """Starts a script of the project; its output is one stream of text."""
+  command = [sys.executable, os.path.join(PROJECT, args[0]), *args[1:]]
+  return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True)
+
+
+def run(*args, cwd=PROJECT):
+  """Runs a script to its end; returns its exit code and what it printed."""
+  process = start(*args, cwd=cwd)
+  output, _ = process.communicate(timeout=300)
+  return process.returncode, output
+
+
+def last_line(output):
+  return output.strip().splitlines()[-1]
+
+
+def losses(output):
+  """Returns {global step: loss} of the log lines."""
+  return {int(step): float(loss) for step, loss in
+          re.findall(r'^global step (\d+)/\d+: loss = ([\d.]+)', output, re.MULTILINE)}
+
+
+class ScriptTestCase(tf.test.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.dir = tempfile.mkdtemp()
+    self.addCleanup(shutil.rmtree, self.dir)
+    self.log_dir = os.path.join(self.dir, 'log')
+
+  def assertEndsWithMessage(self, result, message):
+    returncode, output = result
+    self.assertNotEqual(returncode, 0)
+    self.assertNotIn('Traceback', output)
+    self.assertRegex(last_line(output), message)
+
+  def check_checkpoint(self, log_dir):
+    """Reads every number of the newest checkpoint; returns its step."""
+    checkpoint = checkpoints.find(log_dir)
+    reader = tf.train.load_checkpoint(checkpoint)
+    names = reader.get_variable_to_shape_map()
+    self.assertGreater(len(names), 236)  # the network's variables and the optimizer's
+    for name in names:
+      self.assertTrue(np.isfinite(reader.get_tensor(name)).all(), name)
+    return checkpoints.global_step(checkpoint)
+
+
+class PipelineTest(ScriptTestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.shared_dir = tempfile.mkdtemp()
+    cls.addClassCleanup(shutil.rmtree, cls.shared_dir)
+    cls.trained_dir = os.path.join(cls.shared_dir, 'log')
+    cls.train_result = run(*TRAIN, '--log_dir', cls.trained_dir, '--num_clones', '2',
+                           '--max_number_of_steps', '8', '--save_interval_steps', '3')
+
+  def test_train_says_what_it_does(self):
+    returncode, output = self.train_result
+    self.assertEqual(returncode, 0, output)
+    for line in (
+        r'^2 towers on /cpu:0, /cpu:1; global batch 8, 4 per tower$',
+        r'^400 images of 5 classes in .*dataset: 50.0 steps per epoch$',
+        r'^Steps 0 to 8, seed 1; watch it with: tensorboard --logdir=.*log$',
+        r'^[\d,]{6,} trainable parameters$',
+        r'^global step 8/8: loss = \d\.\d{4}, accuracy = \d\.\d{3} \(\d+\.\d{3} sec/step, '
+        r'\d+\.\d images/sec, \d+\.\d per tower, epoch 0\.16, 00:00:00 left\)$',
+        r'^Saved step 8 in .*log$'):
+      self.assertRegex(output, re.compile(line, re.MULTILINE))
+    self.assertEqual(sorted(losses(output)), list(range(1, 9)))
+    self.assertEqual(self.check_checkpoint(self.trained_dir), 8)
+
+  def test_tensorboard_has_it_all(self):
+    steps, images, graphs = {}, set(), 0
+    for path in tf.gfile.Glob(os.path.join(self.trained_dir, 'events.out.tfevents.*')):
+      for event in tf.train.summary_iterator(path):
+        graphs += event.HasField('graph_def')
+        for value in event.summary.value:
+          if value.HasField('image'):
+            images.add(value.tag)
+            with Image.open(tf.gfile.Open(self.write_png(value.image), 'rb')) as image:
+              self.assertEqual(image.size, (71, 71))
+          else:
+            steps.setdefault(value.tag, []).append(event.step)
+    self.assertGreater(graphs, 0)
+    self.assertEqual(images, {f'distorted_images/image/{i}' for i in range(4)})
+    self.assertCountEqual(steps, [
+        'losses/total_loss', 'losses/cross_entropy', 'losses/regularization', 'accuracy',
+        'learning_rate', 'images_per_second'])
+    self.assertEqual(steps['images_per_second'], list(range(1, 9)))
+
+  def write_png(self, image):
+    path = os.path.join(self.dir, 'image.png')
+    with open(path, 'wb') as f:
+      f.write(image.encoded_image_string)
+    return path
+
+  def test_resumed_training_is_uninterrupted_training(self):
+    options = [*TRAIN, '--num_clones', '2', '--log_dir', self.log_dir, '--max_number_of_steps']
+    returncode, output = run(*options, '5')
+    self.assertEqual(returncode, 0, output)
+    returncode, resumed = run(*options, '8')
+    self.assertEqual(returncode, 0, resumed)
+    self.assertIn('Steps 5 to 8', resumed)
+    expected = losses(self.train_result[1])
+    self.assertAllClose(losses(output), {step: expected[step] for step in range(1, 6)}, atol=1e-4)
+    self.assertAllClose(losses(resumed), {step: expected[step] for step in (6, 7, 8)}, atol=2e-3)
+
+    returncode, output = run(*options, '8')
+    self.assertEqual(returncode, 0, output)
+    self.assertIn('already trained to step 8', output)
+    self.assertEndsWithMessage(run(*options, '9', '--image_size', '96'),
+                               'image_size is 71 there and 96 here')
+    self.assertEqual(self.check_checkpoint(self.log_dir), 8)
+
+  def test_evaluate_and_freeze(self):
+    log_eval = os.path.join(self.dir, 'log_eval')
+    returncode, output = run('eval_flowers.py', '--dataset_dir', DATASET_DIR, '--log_dir',
+                             self.trained_dir, '--log_eval', log_eval, '--batch_size', '30')
+    self.assertEqual(returncode, 0, output)
+    self.assertRegex(last_line(output), r'^Accuracy: \d\.\d{4} \(\d+ of 100\)$')
+    with open(os.path.join(log_eval, 'metrics.json'), encoding='utf-8') as f:
+      metrics = json.load(f)
+    self.assertEqual(last_line(output), f'Accuracy: {metrics["accuracy"]:.4f} '
+                     f'({metrics["num_correct"]} of 100)')
+    self.assertEqual(metrics['global_step'], 8)
+    with Image.open(os.path.join(log_eval, 'predictions.png')) as image:
+      self.assertGreater(min(image.size), 600)
+    self.check_eval_events(log_eval, metrics)
+
+    pb = os.path.join(self.dir, 'frozen_model_xception.pb')
+    returncode, output = run('write_pb.py', '--log_dir', self.trained_dir, '--output_file', pb)
+    self.assertEqual(returncode, 0, output)
+    self.assertRegex(last_line(output), r'^Wrote .*frozen_model_xception.pb \(\d+\.\d MB\)$')
+    self.assertEqual(flowers.read_labels(self.dir), flowers.read_labels(DATASET_DIR))
+    self.assertCountEqual(os.listdir(self.dir),
+                          ['log_eval', 'frozen_model_xception.pb', 'labels.txt'])
+    self.check_frozen_graph(pb, metrics)
+
+  def test_freezing_replaces_nothing_by_something_wrong(self):
+    pb = os.path.join(self.dir, 'old.pb')
+    labels = os.path.join(self.dir, 'labels.txt')
+    args = write_pb.parse_args(['--log_dir', self.trained_dir, '--output_file', pb])
+    with open(pb, 'w') as f:
+      f.write('old')
+    with mock.patch.object(write_pb, 'run_frozen', return_value=np.full([4, 5], 0.2)):
+      with self.assertRaisesRegex(write_pb.FreezeError, 'does not compute what the checkpoint'):
+        write_pb.main(args)
+    with open(labels, 'w') as f:
+      f.write('0:cat\n1:dog\n')
+    with self.assertRaisesRegex(write_pb.FreezeError, 'names other classes than the checkpoint'):
+      write_pb.main(args)
+    with open(pb) as f, open(labels) as g:
+      self.assertEqual((f.read(), g.read()), ('old', '0:cat\n1:dog\n'))
+    self.assertCountEqual(os.listdir(self.dir), ['old.pb', 'labels.txt'])
+
+    args = write_pb.parse_args(['--log_dir', self.trained_dir, '--output_file', 'none/x.pb'])
+    with self.assertRaisesRegex(write_pb.FreezeError, 'none/x.pb: there is no folder none'):
+      write_pb.main(args)
+
+  def check_eval_events(self, log_eval, metrics):
+    values = {}
+    for path in tf.gfile.Glob(os.path.join(log_eval, 'events.*')):
+      for event in tf.train.summary_iterator(path):
+        for value in event.summary.value:
+          self.assertEqual(event.step, 8)
+          values[value.tag] = value.simple_value
+    self.assertCountEqual(values, ['accuracy', 'losses/cross_entropy', 'predictions'])
+    self.assertAllClose(values['accuracy'], metrics['accuracy'])
+    self.assertAllClose(values['losses/cross_entropy'], metrics['loss'])
+
+  def check_frozen_graph(self, pb, metrics):
+    graph_def = tf.GraphDef()
+    with open(pb, 'rb') as f:
+      graph_def.ParseFromString(f.read())
+    nodes = {node.name: node for node in graph_def.node}
+    self.assertContainsSubset(['input', 'output', 'Xception/Predictions/Softmax'], nodes)
+    self.assertEqual([d.size for d in nodes['input'].attr['shape'].shape.dim], [-1, 71, 71, 3])
+    self.assertNotIn('ReadVariableOp', {node.op for node in graph_def.node})
+
+    # Every validation image, through the frozen graph and as evaluated.
+    with tf.Graph().as_default(), tf.Session() as session:
+      images, labels = session.run(flowers.load_batch(
+          flowers.get_split('validation', DATASET_DIR), 100, 71, 71, is_training=False))
+    probabilities = write_pb.run_frozen(pb, images)
+    self.assertAllClose(probabilities.sum(1), np.ones(100))
+    self.assertEqual((probabilities.argmax(1) == labels).sum(), metrics['num_correct'])
+    self.assertAllClose(-np.log(probabilities[range(100), labels]).mean(), metrics['loss'],
+                        rtol=1e-5)
+    self.assertAllClose(self.run_in_tensorflow_2(pb, images), probabilities, atol=1e-5)
+
+  def run_in_tensorflow_2(self, pb, images):
+    """The frozen graph's output in a program that uses nothing but TensorFlow 2."""
+    np.save(os.path.join(self.dir, 'images.npy'), images)
+    program = textwrap.dedent('''
+        import sys
+        import numpy as np
+        import tensorflow as tf
+
+        pb, folder = sys.argv[1:]
+        graph_def = tf.compat.v1.GraphDef.FromString(open(pb, 'rb').read())
+        wrapped = tf.compat.v1.wrap_function(
+            lambda: tf.compat.v1.import_graph_def(graph_def, name=''), [])
+        predict = wrapped.prune('input:0', 'output:0')
+        images = tf.constant(np.load(f'{folder}/images.npy'))
+        np.save(f'{folder}/probabilities.npy', predict(images))
+    ''')
+    subprocess.run([sys.executable, '-c', program, pb, self.dir], check=True)
+    return np.load(os.path.join(self.dir, 'probabilities.npy'))
+
+
+class InterruptionTest(ScriptTestCase):
+
+  def train_until(self, step, *options):
+    """Starts training, returns when the log names `step`: the process, its output so far."""
+    process = start(*TRAIN, '--log_dir', self.log_dir, *options)
+    self.addCleanup(process.stdout.close)
+    output = ''
+    for line in process.stdout:
+      output += line
+      if line.startswith(f'global step {step}/'):
+        return process, output
+    process.wait()
+    raise AssertionError(f'Training ended early:\n{output}')
+
+  def check_rerun(self, start_step):
+    """The same command goes on from the last checkpoint."""
+    returncode, output = run(*TRAIN, '--log_dir', self.log_dir, '--max_number_of_steps',
+                             str(start_step + 1))
+    self.assertEqual(returncode, 0, output)
+    self.assertIn(f'Steps {start_step} to {start_step + 1}', output)
+    self.assertEqual(sorted(losses(output)), [start_step + 1])
+    self.assertEqual(self.check_checkpoint(self.log_dir), start_step + 1)
+
+  def test_kill_9(self):
+    process, _ = self.train_until(7, '--save_interval_steps', '3')
+    process.kill()
+    process.wait()
+    step = self.check_checkpoint(self.log_dir)
+    self.assertGreaterEqual(step, 4)  # that of step 4 at the latest is whole by then
+    self.check_rerun(step)
+
+  def test_sigterm_saves(self):
+    process, _ = self.train_until(3)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    self.assertEqual(process.returncode, 0, output)
+    step = self.check_checkpoint(self.log_dir)
+    self.assertGreaterEqual(step, 3)
+    self.assertIn(f'Saved step {step} in', output)
+    self.assertEqual(last_line(output), 'Stopped by SIGTERM: resume with the same command')
+
+  def test_two_ctrl_c(self):
+    process, _ = self.train_until(5, '--save_interval_steps', '2')
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    self.check_rerun(self.check_checkpoint(self.log_dir))
+
+  def test_a_loss_that_is_not_finite(self):
+    result = run(*TRAIN, '--log_dir', self.log_dir, '--learning_rate', '1e30',
+                 '--optimizer', 'sgd', '--save_interval_steps', '1')
+    self.assertEndsWithMessage(result, r'train_flowers.py: The loss or a gradient is not finite '
+                               r'at step \d+\. .* the last checkpoint in .*log is good')
+    self.check_checkpoint(self.log_dir)
+
+
+class MistakeTest(ScriptTestCase):
+
+  def test_no_checkpoint(self):
+    message = r'No checkpoint in \./log: run train_flowers.py first$'
+    self.assertEndsWithMessage(run('eval_flowers.py', '--dataset_dir', DATASET_DIR,
+                                   cwd=self.dir), message)
+    self.assertEndsWithMessage(run('write_pb.py', cwd=self.dir), message)
+    self.assertEmpty(os.listdir(self.dir))
+
+  def test_no_dataset(self):
+    self.assertEndsWithMessage(run('train_flowers.py', cwd=self.dir),
+                               'Cannot read dataset/labels.txt .*: a dataset needs it')
+    self.assertEmpty(os.listdir(self.dir))
+
+  def test_batch_that_does_not_divide(self):
+    self.assertEndsWithMessage(
+        run(*TRAIN, '--log_dir', self.log_dir, '--num_clones', '3'),
+        '--batch_size 8 is the sum over all towers: it must divide by 3 towers')
+
+  def test_more_gpus_than_there_are(self):
+    self.assertEndsWithMessage(
+        run('train_flowers.py', '--dataset_dir', DATASET_DIR, '--num_clones', '99',
+            '--batch_size', '99', cwd=self.dir),
+        r'--num_clones 99 needs 99 GPUs, but TensorFlow finds \d+ \(.*\)')
+
+
+if __name__ == '__main__':
+  tf.test.main()
