@@ -87,7 +87,7 @@ def draw_predictions(evaluation, class_names):
     class_names: list of names.
   """
   figure = Figure(figsize=(2 * GRID_COLUMNS, 2.3 * GRID_ROWS), layout='constrained')
-  axes = figure.subplots(GRID_ROWS, GRID_COLUMNS, squeeze=False).flat
+  axes = list(figure.subplots(GRID_ROWS, GRID_COLUMNS, squeeze=False).flat)
   for axis in axes:
     axis.axis('off')
   for axis, (index, image) in zip(axes, sorted(evaluation.images.items())):

@@ -41,9 +41,9 @@ class DatasetError(Exception):
   """A dataset that cannot be read; the message says what to do about it."""
 
 
-def shard_name(split_name, shard, num_shards):
+def shard_name(split_name, shard, num_shards, dataset_name='flowers'):
   """Returns the file name of one shard: flowers_train_00000-of-00002.tfrecord."""
-  return f'flowers_{split_name}_{shard:05d}-of-{num_shards:05d}.tfrecord'
+  return f'{dataset_name}_{split_name}_{shard:05d}-of-{num_shards:05d}.tfrecord'
 
 
 def make_example(encoded, image_format, label, height, width):

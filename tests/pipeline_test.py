@@ -165,6 +165,7 @@ class PipelineTest(ScriptTestCase):
     self.assertEqual(metrics['global_step'], 8)
     with Image.open(os.path.join(log_eval, 'predictions.png')) as image:
       self.assertGreater(min(image.size), 600)
+      self.assertLess(np.mean(np.asarray(image.convert('L')) > 250), 0.7)  # more than paper
     self.check_eval_events(log_eval, metrics)
 
     pb = os.path.join(self.dir, 'frozen_model_xception.pb')
