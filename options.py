@@ -93,7 +93,7 @@ def _add_optimization_options(group):
   group.add_argument('--max_number_of_steps', type=positive_int,
                      help='ends training earlier, after this step')
   group.add_argument('--learning_rate', '--initial_learning_rate', type=positive_float,
-                     default=0.001, help='at the first step')
+                     default=0.002, help='at the first step')
   group.add_argument('--learning_rate_decay_type', default='polynomial',
                      choices=['fixed', 'exponential', 'polynomial'],
                      help='polynomial is a straight line to --end_learning_rate')

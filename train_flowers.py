@@ -231,7 +231,7 @@ def main(args):
   max_steps = math.ceil(args.num_epochs * dataset.num_samples / args.batch_size)
   max_steps = min(max_steps, args.max_number_of_steps or max_steps)
 
-  print(f'{len(devices)} towers on {", ".join(devices)}; global batch {args.batch_size}, '
+  print(f'{len(devices)} tower{"s"[:len(devices) - 1]} on {", ".join(devices)}; global batch {args.batch_size}, '
         f'{args.batch_size // len(devices)} per tower')
   print(f'{dataset.num_samples} images of {dataset.num_classes} classes in '
         f'{args.dataset_dir}: {dataset.num_samples / args.batch_size:.1f} steps per epoch')
