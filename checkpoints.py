@@ -11,6 +11,7 @@ import os
 import tensorflow.compat.v1 as tf
 
 CONFIG_FILE = 'model_config.json'
+NEXT_IMAGE = 'next_image'  # variable: the image that a resumed run goes on with
 
 
 class CheckpointError(Exception):
@@ -63,6 +64,11 @@ def find(log_dir, checkpoint_path=None):
 def global_step(checkpoint):
   """Returns the training step that the checkpoint was written at."""
   return int(tf.train.load_checkpoint(checkpoint).get_tensor('global_step'))
+
+
+def next_image(checkpoint):
+  """Returns how many images training had passed when the checkpoint was written."""
+  return int(tf.train.load_checkpoint(checkpoint).get_tensor(NEXT_IMAGE))
 
 
 def save_config(config, log_dir):

@@ -33,6 +33,7 @@ Evaluation = collections.namedtuple('Evaluation', [
     'labels',  # int64 [num_samples]
     'probabilities',  # float32 [num_samples, num_classes]
     'losses',  # float32 [num_samples], cross-entropies
+    'positions',  # int64 [num_samples], rising; the numbers of bad records are left out
     'images',  # {index: float32 [height, width, 3] in [-1, 1]}, those asked for
 ])
 
@@ -50,14 +51,14 @@ def evaluate(dataset, checkpoint, config, batch_size, image_indices=()):
   Returns:
     An Evaluation.
   """
-  images, labels = flowers.load_batch(
+  images, labels, positions = flowers.load_numbered_batch(
       dataset, batch_size, config.image_size, config.image_size, is_training=False)
   with slim.arg_scope(xception.xception_arg_scope()):
     logits, end_points = xception.xception(
         images, config.num_classes, is_training=False,
         depth_multiplier=config.depth_multiplier)
   losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
-  fetches = [labels, end_points['Predictions'], losses, images]
+  fetches = [labels, end_points['Predictions'], losses, positions, images]
 
   batches = []
   grid_images = {}
@@ -103,6 +104,18 @@ def draw_predictions(evaluation, class_names):
   return png.getvalue()
 
 
+def report_bad_records(dataset, bad_numbers):
+  """Warns of the records that could not be evaluated, and of shards cut short."""
+  for damage in dataset.records.damages:
+    print(f'Warning: {damage}', file=sys.stderr)
+  for number in bad_numbers[:flowers.MAX_NAMED_BAD_RECORDS]:
+    print(f'Warning: not evaluated: {flowers.describe_bad_record(dataset, number)}',
+          file=sys.stderr)
+  if bad_numbers:
+    print(f'Warning: {len(bad_numbers)} of {dataset.num_samples} records are bad and left out',
+          file=sys.stderr)
+
+
 def write_atomically(path, content):
   """Writes bytes to a file that is never seen half written."""
   with open(path + '.tmp', 'wb') as f:
@@ -132,6 +145,8 @@ def parse_args(argv=None):
       formatter_class=options.HelpFormatter)
   parser.add_argument('--dataset_dir', default='dataset',
                       help='folder of the TFRecords and labels.txt')
+  parser.add_argument('--dataset_name', default=flowers.DATASET_NAME,
+                      help='first part of the files\' names')
   parser.add_argument('--dataset_split_name', default='validation', choices=flowers.SPLITS,
                       help='which images')
   parser.add_argument('--log_dir', '--train_dir', default='./log',
@@ -149,24 +164,29 @@ def parse_args(argv=None):
 def main(args):
   checkpoint = checkpoints.find(args.log_dir, args.checkpoint_path)
   config = checkpoints.load_config(checkpoint)
-  dataset = flowers.get_split(args.dataset_split_name, args.dataset_dir)
+  dataset = flowers.get_split(args.dataset_split_name, args.dataset_dir,
+                              flowers.name_pattern(args.dataset_name))
   class_names = [dataset.labels_to_names[i] for i in range(dataset.num_classes)]
   if class_names != config.class_names:
     raise checkpoints.CheckpointError(
         f'{checkpoint} was trained on the classes {", ".join(config.class_names)}, but '
         f'{args.dataset_dir} has {", ".join(class_names)}')
 
+  flowers.require_readable(dataset)
   print(f'Evaluating {checkpoint} on {dataset.num_samples} images of the '
         f'{args.dataset_split_name} split', flush=True)
   num_pictures = min(GRID_ROWS * GRID_COLUMNS, dataset.num_samples)
   picture_indices = np.linspace(0, dataset.num_samples - 1, num_pictures).astype(int)
   evaluation = evaluate(dataset, checkpoint, config, args.batch_size, picture_indices.tolist())
 
+  bad_numbers = sorted(set(range(dataset.num_samples)).difference(evaluation.positions))
+  report_bad_records(dataset, bad_numbers)
   correct = evaluation.probabilities.argmax(1) == evaluation.labels
   metrics = {
       'accuracy': float(correct.mean()),
       'num_correct': int(correct.sum()),
       'num_images': len(correct),
+      'num_bad_records': len(bad_numbers),
       'loss': float(evaluation.losses.mean(dtype=np.float64)),
       'checkpoint': checkpoint,
       'global_step': checkpoints.global_step(checkpoint),
@@ -193,7 +213,3 @@ if __name__ == '__main__':
     main(parse_args())
   except (flowers.DatasetError, checkpoints.CheckpointError) as error:
     sys.exit(f'eval_flowers.py: {error}')
-  except tf.errors.OpError as error:
-    if message := flowers.read_error_message(error):
-      sys.exit(f'eval_flowers.py: {message}')
-    raise

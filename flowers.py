@@ -14,23 +14,35 @@ Every record is a tf.train.Example with, for instance,
   images, labels = flowers.load_batch(dataset, 32, 299, 299, is_training=True)
 """
 
+import functools
+import glob
 import os
-import struct
 
 import slim_bridge  # noqa: F401, first: tf_slim does not import without it.
 
+import numpy as np
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
+import tfrecords
 import xception_preprocessing
 
 SPLITS = ('train', 'validation')
 LABELS_FILE = 'labels.txt'
-FILE_PATTERN = 'flowers_%s_*.tfrecord'
+DATASET_NAME = 'flowers'  # first part of the file names
 
-# Encoded records that are held to be shuffled: about 400 MB of photographs.
-SHUFFLE_BUFFER = 4096
+# Records that one call of Python reads: a call costs some 0.1 ms.
+READ_GROUP = 32
 
+MAX_NAMED_BAD_RECORDS = 5  # named one by one; all are counted
+MAX_FIRST_BAD = 100  # bad records in a row, at which a dataset is taken for another's
+
+# No defaults: a record without one of these is an error, not class 0.
+KEYS_TO_FEATURES = {
+    'image/encoded': tf.FixedLenFeature((), tf.string),
+    'image/format': tf.FixedLenFeature((), tf.string),
+    'image/class/label': tf.FixedLenFeature((), tf.int64),
+}
 ITEMS_TO_DESCRIPTIONS = {
     'image': 'A color image of varying size.',
     'label': 'The id of the class, as in labels.txt.',
@@ -41,7 +53,12 @@ class DatasetError(Exception):
   """A dataset that cannot be read; the message says what to do about it."""
 
 
-def shard_name(split_name, shard, num_shards, dataset_name='flowers'):
+def name_pattern(dataset_name):
+  """Returns the pattern of a dataset's files, for `get_split`: flowers_%s_*.tfrecord."""
+  return f'{dataset_name}_%s_*.tfrecord'
+
+
+def shard_name(split_name, shard, num_shards, dataset_name=DATASET_NAME):
   """Returns the file name of one shard: flowers_train_00000-of-00002.tfrecord."""
   return f'{dataset_name}_{split_name}_{shard:05d}-of-{num_shards:05d}.tfrecord'
 
@@ -116,28 +133,6 @@ def read_labels(dataset_dir):
   return [names[label] for label in range(len(names))]
 
 
-def count_records(path):
-  """Counts the records of one TFRecord file by their length headers.
-
-  Nothing but 12 bytes a record is read, so it takes microseconds a record.
-
-  Raises:
-    DatasetError: the file ends inside a record.
-  """
-  # A record is its length (uint64), the length's CRC (4 bytes), data, CRC (4).
-  count = 0
-  size = os.path.getsize(path)
-  with open(path, 'rb') as f:
-    while f.tell() < size:
-      header = f.read(12)
-      if len(header) < 12 or f.tell() + struct.unpack('<Q', header[:8])[0] + 4 > size:
-        raise DatasetError(f'{path} is damaged: it ends inside record {count}. '
-                           'Make or copy the file again')
-      f.seek(struct.unpack('<Q', header[:8])[0] + 4, os.SEEK_CUR)
-      count += 1
-  return count
-
-
 def get_split(split_name, dataset_dir, file_pattern=None, reader=None):
   """Describes one split of a dataset.
 
@@ -152,7 +147,8 @@ def get_split(split_name, dataset_dir, file_pattern=None, reader=None):
   Returns:
     A slim Dataset: data_sources (sorted file names), reader, decoder of the
     items 'image' (uint8 [height, width, 3]) and 'label' (int64 []),
-    num_samples (counted), num_classes, labels_to_names.
+    num_samples (counted), num_classes, labels_to_names, and `records`, the
+    `tfrecords.Records` of the files.
 
   Raises:
     ValueError: unknown split.
@@ -161,34 +157,29 @@ def get_split(split_name, dataset_dir, file_pattern=None, reader=None):
   if split_name not in SPLITS:
     raise ValueError(f'Unknown split {split_name!r}: use one of {", ".join(SPLITS)}')
   class_names = read_labels(dataset_dir)
-  pattern = file_pattern or FILE_PATTERN
-  pattern = os.path.join(dataset_dir, pattern % split_name if '%s' in pattern else pattern)
-  files = sorted(tf.gfile.Glob(pattern))
+  pattern = (file_pattern or name_pattern(DATASET_NAME)).replace('%s', split_name)
+  files = sorted(glob.glob(os.path.join(glob.escape(dataset_dir), pattern)))
   if not files:
-    raise DatasetError(f'No file matches {pattern}: is --dataset_dir right?')
-  num_samples = sum(count_records(path) for path in files)
-  if not num_samples:
-    raise DatasetError(f'The {len(files)} files of {pattern} hold no record')
+    raise DatasetError(f'No file matches {os.path.join(dataset_dir, pattern)}: '
+                       'is --dataset_dir right, and --dataset_name?')
+  records = tfrecords.Records(files)
+  if not len(records):
+    raise DatasetError('; '.join(records.damages) or
+                       f'The {len(files)} files of {pattern} hold no record')
 
-  # No defaults: a record without one of these keys is an error, not class 0.
-  keys_to_features = {
-      'image/encoded': tf.FixedLenFeature((), tf.string),
-      'image/format': tf.FixedLenFeature((), tf.string),
-      'image/class/label': tf.FixedLenFeature((), tf.int64),
-  }
   items_to_handlers = {
-      # Accurate: the same pixels as PIL's and OpenCV's.
-      'image': slim.tfexample_decoder.Image(dct_method='INTEGER_ACCURATE'),
+      'image': slim.tfexample_decoder.Image(dct_method=xception_preprocessing.DCT_METHOD),
       'label': slim.tfexample_decoder.Tensor('image/class/label'),
   }
   return slim.dataset.Dataset(
       data_sources=files,
       reader=reader or tf.TFRecordReader,
-      decoder=slim.tfexample_decoder.TFExampleDecoder(keys_to_features, items_to_handlers),
-      num_samples=num_samples,
+      decoder=slim.tfexample_decoder.TFExampleDecoder(KEYS_TO_FEATURES, items_to_handlers),
+      num_samples=len(records),
       items_to_descriptions=ITEMS_TO_DESCRIPTIONS,
       num_classes=len(class_names),
-      labels_to_names=dict(enumerate(class_names)))
+      labels_to_names=dict(enumerate(class_names)),
+      records=records)
 
 
 def load_batch(dataset, batch_size, height, width, is_training, seed=0, first_image=0,
@@ -201,15 +192,17 @@ def load_batch(dataset, batch_size, height, width, is_training, seed=0, first_im
   `first_image` sees what it would have seen uninterrupted. Evaluation goes
   through the records once, in order, and the last batch may be smaller.
 
+  A record that cannot be used is passed over; `load_numbered_batch` tells which.
+
   Args:
     dataset: slim Dataset from `get_split`.
     batch_size: images per step, summed over towers.
     height, width: output size in pixels.
     is_training: Python bool; True shuffles and distorts, False takes the
       central crops in order.
-    seed: int, of the order and the distortions.
+    seed: int of 0 or more, of the order and the distortions.
     first_image: int, number of training images to pass over.
-    num_readers: files read at the same time while training.
+    num_readers: groups of records read at the same time.
     num_preprocessing_threads: images preprocessed at the same time; by default
       tf.data finds the best number.
 
@@ -217,73 +210,141 @@ def load_batch(dataset, batch_size, height, width, is_training, seed=0, first_im
     images: float32 [batch_size, height, width, 3] in [-1, 1].
     labels: int64 [batch_size] in [0, num_classes).
     Their first dimension is unknown at evaluation, which ends with
-    tf.errors.OutOfRangeError. A record that cannot be read is an error of
-    which `read_error_message` makes a sentence.
+    tf.errors.OutOfRangeError.
   """
-  def load_image(index, record_and_path):
-    record, path = record_and_path
-    image, label = dataset.decoder.decode(record, ['image', 'label'])
-    with tf.control_dependencies([_assert_label(label, dataset.num_classes, path)]):
-      label = tf.identity(label)
-    image = xception_preprocessing.preprocess_image(
-        image, height, width, is_training, add_image_summaries=False,
-        seed=tf.stack([seed, index]))
-    return image, label
+  images, labels, _ = load_numbered_batch(
+      dataset, batch_size, height, width, is_training, seed, first_image, num_readers,
+      num_preprocessing_threads)
+  return images, labels
+
+
+def load_numbered_batch(dataset, batch_size, height, width, is_training, seed=0, first_image=0,
+                        num_readers=4, num_preprocessing_threads=tf.data.AUTOTUNE):
+  """Does what `load_batch` does, and tells which images of the endless row they are.
+
+  Returns:
+    images, labels: see `load_batch`.
+    positions: int64 [batch_size], rising from first_image on; a number that is
+      left out is that of a bad record. `record_number` turns a position of
+      training into a record; at evaluation they are the same.
+  """
+  def read(positions):
+    numbers = [record_number(position, dataset.num_samples, seed) for position in positions
+               ] if is_training else positions
+    return np.array([_read_or_empty(dataset.records, number) for number in numbers], object)
+
+  def read_group(positions):
+    records = tf.numpy_function(read, [positions], tf.string, stateful=False)
+    return positions, tf.ensure_shape(records, [None])
+
+  def load_image(position, record):
+    features = tf.parse_single_example(record, KEYS_TO_FEATURES)
+    encoded, label = features['image/encoded'], features['image/class/label']
+    with tf.control_dependencies([tf.debugging.Assert(
+        (label >= 0) & (label < dataset.num_classes), [label])]):
+      if is_training:
+        image = xception_preprocessing.decode_and_distort(
+            encoded, height, width, tf.stack([tf.constant(seed, tf.int64), position]))
+      else:
+        image = xception_preprocessing.preprocess_for_eval(
+            xception_preprocessing.decode(encoded), height, width)
+    return image, label, position
 
   with tf.device('/cpu:0'), tf.name_scope('load_batch'):
     if is_training:
-      records = _shuffled_records(dataset, seed, first_image, num_readers)
+      positions = tf.data.Dataset.range(first_image, tf.int64.max)
     else:
-      records = _records_of(dataset.data_sources).enumerate()
-    batches = (records
+      positions = tf.data.Dataset.range(dataset.num_samples)
+    batches = (positions
+               .batch(READ_GROUP)
+               .map(read_group, num_readers)
+               .unbatch()
                .map(load_image, num_preprocessing_threads)
+               .ignore_errors()
                .batch(batch_size, drop_remainder=is_training)
                .prefetch(tf.data.AUTOTUNE))
     return tf.data.make_one_shot_iterator(batches).get_next()
 
 
-def read_error_message(error):
-  """Returns what was wrong with a record, or None if `error` has another cause.
+def record_number(position, num_samples, seed):
+  """Returns the number of the record that training reads at a position.
 
   Args:
-    error: tf.errors.OpError raised by a session that ran `load_batch`.
+    position: int, images before it since training began.
+    num_samples: records of the dataset; each is read once an epoch.
+    seed: int of 0 or more.
   """
-  # The op that failed is one of the pipeline's own graph, which error.op does
-  # not know; the message ends with the op that asked for the batch.
-  if 'IteratorGetNext' not in error.message:
-    return None
-  message = error.message.removeprefix('Graph execution error:').strip()
-  return f'A record cannot be read: {message.splitlines()[0]}'
+  epoch, index = divmod(int(position), num_samples)
+  return int(_epoch_order(num_samples, seed, epoch)[index])
 
 
-def _shuffled_records(dataset, seed, first_image, num_readers):
-  """Endless dataset of (index, (record, path)); index counts all images ever read."""
-  def epoch_records(epoch):
-    epoch_seed = tf.random.stateless_uniform(
-        [], tf.stack([tf.constant(seed, tf.int64), epoch]), maxval=tf.int64.max, dtype=tf.int64)
-    files = tf.data.Dataset.from_tensor_slices(dataset.data_sources)
-    files = files.shuffle(len(dataset.data_sources), epoch_seed)
-    # Undecoded records are shuffled: a hundredth of the memory of images.
-    return files.interleave(
-        lambda path: _records_of([path]), cycle_length=num_readers,
-        num_parallel_calls=num_readers, deterministic=True,
-    ).shuffle(min(SHUFFLE_BUFFER, dataset.num_samples), epoch_seed)
-
-  first_epoch, passed_over = divmod(first_image, dataset.num_samples)
-  epochs = tf.data.Dataset.range(first_epoch, tf.int64.max)
-  return (epochs.flat_map(epoch_records)
-          .enumerate(first_epoch * dataset.num_samples)
-          .skip(passed_over))
+@functools.lru_cache(maxsize=4)  # one epoch for each of the readers at its end
+def _epoch_order(num_samples, seed, epoch):
+  return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
 
-def _records_of(paths):
-  """Dataset of (record, path) of the files in order."""
-  return tf.data.Dataset.from_tensor_slices(paths).flat_map(
-      lambda path: tf.data.TFRecordDataset(path).map(lambda record: (record, path)))
+def _read_or_empty(records, number):
+  try:
+    return records[number]
+  except tfrecords.RecordError:
+    return b''  # does not parse, and is passed over like any other bad record
 
 
-def _assert_label(label, num_classes, path):
-  message = tf.strings.format(
-      'its label is {}, ' + f'but labels.txt has the ids 0 to {num_classes - 1}; file {{}}',
-      [label, path])
-  return tf.debugging.Assert((label >= 0) & (label < num_classes), [message])
+def require_readable(dataset):
+  """Fails if not even one of the first records can be used.
+
+  A pipeline that passes bad records over would look for a good one for ever.
+
+  Raises:
+    DatasetError: it names the first record and what is wrong with it.
+  """
+  read = RecordReader(dataset)
+  for number in range(min(dataset.num_samples, MAX_FIRST_BAD)):
+    try:
+      read(number)
+      return
+    except tfrecords.RecordError:
+      pass
+  raise DatasetError('Not one of the first records can be used: '
+                     + describe_bad_record(dataset, 0))
+
+
+def describe_bad_record(dataset, number):
+  """Returns 'file, record 12: what is wrong with it'."""
+  path, index = dataset.records.locate(number)
+  try:
+    RecordReader(dataset)(number)
+  except tfrecords.RecordError as error:
+    return f'{path}, record {index}: {error}'
+  return f'{path}, record {index}: it could not be read, but now it can'
+
+
+class RecordReader:
+  """Reads records one by one, outside of the pipeline, and tells what is wrong with a bad one."""
+
+  def __init__(self, dataset):
+    """Initializes the reader; `dataset` is a slim Dataset from `get_split`."""
+    self._dataset = dataset
+    with tf.Graph().as_default():
+      self._record = tf.placeholder(tf.string, [])
+      self._fetches = dataset.decoder.decode(self._record, ['image', 'label'])
+      self._session = tf.Session(config=tf.ConfigProto(device_count={'GPU': 0}))
+
+  def __call__(self, number):
+    """Returns a record's image, uint8 [height, width, 3], and its label, int.
+
+    Raises:
+      tfrecords.RecordError: it is damaged, lacks a key, does not decode, or its
+        label is not in labels.txt.
+    """
+    record = self._dataset.records[number]
+    try:
+      image, label = self._session.run(self._fetches, {self._record: record})
+    except tf.errors.OpError as error:
+      # What went wrong stands in front of the name of the op that it befell.
+      message = error.message.split('[[{{node')[0].strip().splitlines()[-1]
+      raise tfrecords.RecordError(message) from error
+    if not 0 <= label < self._dataset.num_classes:
+      raise tfrecords.RecordError(f'its label is {label}, but labels.txt has the ids 0 to '
+                                  f'{self._dataset.num_classes - 1}')
+    return image, int(label)

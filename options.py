@@ -8,6 +8,7 @@ import argparse
 
 import tensorflow.compat.v1 as tf
 
+import flowers
 import xception
 
 
@@ -32,6 +33,7 @@ def number(number_type, is_allowed, allowed):
 
 
 positive_int = number(int, lambda value: value > 0, 'greater than 0')
+non_negative_int = number(int, lambda value: value >= 0, 'of 0 or more')
 positive_float = number(float, lambda value: 0 < value < float('inf'), 'greater than 0')
 non_negative_float = number(float, lambda value: 0 <= value < float('inf'), 'of 0 or more')
 fraction = number(float, lambda value: 0 <= value < 1, 'of 0 or more and less than 1')
@@ -65,6 +67,10 @@ def parse_train_args(description, argv=None):
 def _add_data_options(group):
   group.add_argument('--dataset_dir', default='dataset',
                      help='folder of the TFRecords and labels.txt')
+  group.add_argument('--dataset_name', default=flowers.DATASET_NAME,
+                     help='first part of the files\' names')
+  group.add_argument('--max_bad_fraction', type=fraction, default=0.01,
+                     help='share of the records that may be bad before training stops')
   group.add_argument('--batch_size', type=positive_int, default=16,
                      help='images per step, summed over towers')
   group.add_argument('--image_size', '--train_image_size', type=image_size,
@@ -135,7 +141,7 @@ def _add_device_options(group):
 def _add_run_options(group):
   group.add_argument('--log_dir', '--train_dir', default='./log',
                      help='folder of checkpoints and TensorBoard events')
-  group.add_argument('--seed', type=int,
+  group.add_argument('--seed', type=non_negative_int,
                      help='of the weights, the order and the distortions (default: drawn '
                      'for a new --log_dir, kept for an old one)')
   group.add_argument('--log_every_n_steps', type=positive_int, default=10,

@@ -35,6 +35,7 @@ TrainStep = collections.namedtuple('TrainStep', [
     'global_step',  # int64 [], as it is after train_op
     'loss',  # float32 [], with regularization, as it was before train_op
     'accuracy',  # float32 [], top-1 of the batch
+    'positions',  # int64 [batch_size], of its images in the endless row
     'finite_check',  # the op that fails when the loss or a gradient is not finite
     'scalar_summaries',  # string []
     'image_summaries',  # string []
@@ -70,11 +71,12 @@ def tower_loss(images, labels, num_classes, is_training, depth_multiplier,
   return cross_entropy, tf.reduce_mean(tf.cast(correct, tf.float32))
 
 
-def build_train_step(images, labels, loss_fn, optimizer, learning_rate, devices, global_step):
+def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rate, devices,
+                     global_step):
   """Builds one step: towers, averaged gradients, the update of the weights.
 
   Args:
-    images, labels: the global batch, from `flowers.load_batch`.
+    images, labels, positions: the global batch, from `flowers.load_numbered_batch`.
     loss_fn: `tower_loss` with everything but images and labels given.
     optimizer: tf.train.Optimizer.
     learning_rate: float32 [], for the summaries.
@@ -84,6 +86,10 @@ def build_train_step(images, labels, loss_fn, optimizer, learning_rate, devices,
   Returns:
     A TrainStep.
   """
+  # Saved with the weights: where a resumed run goes on.
+  next_image = tf.get_variable(checkpoints.NEXT_IMAGE, [], tf.int64, tf.zeros_initializer(),
+                               trainable=False)
+
   def tower(tower_images, tower_labels):
     cross_entropy, accuracy = loss_fn(tower_images, tower_labels)
     return cross_entropy, accuracy, optimizer.compute_gradients(cross_entropy)
@@ -112,7 +118,8 @@ def build_train_step(images, labels, loss_fn, optimizer, learning_rate, devices,
     # first one's are as good as any.
     update_ops = tf.get_collection(tf.GraphKeys.UPDATE_OPS, towers.tower_scope(0) + '/')
     with tf.control_dependencies([finite_check, *update_ops]):
-      train_op = optimizer.apply_gradients(gradients, global_step)
+      train_op = tf.group(next_image.assign(positions[-1] + 1),
+                          optimizer.apply_gradients(gradients, global_step))
     with tf.control_dependencies([train_op]):
       step_after = global_step.read_value()
 
@@ -124,23 +131,20 @@ def build_train_step(images, labels, loss_fn, optimizer, learning_rate, devices,
       tf.summary.scalar('learning_rate', learning_rate),
   ])
   image_summaries = tf.summary.image('distorted_images', images, MAX_IMAGE_SUMMARIES)
-  return TrainStep(train_op, step_after, loss, accuracy, finite_check.op,
+  return TrainStep(train_op, step_after, loss, accuracy, positions, finite_check.op,
                    scalar_summaries, image_summaries)
 
 
-def run_training(step, log_dir, devices, batch_size, num_samples, start_step, max_steps,
-                 log_every_n_steps, save_summaries_secs, save_interval_secs,
-                 save_interval_steps):
+def run_training(step, hooks, log_dir, devices, start_step, max_steps, save_summaries_secs,
+                 save_interval_secs, save_interval_steps):
   """Runs training steps until max_steps or a signal; a checkpoint is saved at the end.
 
   Args:
     step: TrainStep of the default graph.
+    hooks: further session hooks.
     log_dir: folder of checkpoints and events; a checkpoint in it is restored.
     devices: device of each tower.
-    batch_size: images per step, summed over towers.
-    num_samples: images per epoch.
     start_step, max_steps: the steps that training starts from and ends with.
-    log_every_n_steps: steps between two lines of progress.
     save_summaries_secs: seconds between two scalar summaries.
     save_interval_secs, save_interval_steps: seconds or steps between two
       checkpoints; one of them is None.
@@ -149,7 +153,7 @@ def run_training(step, log_dir, devices, batch_size, num_samples, start_step, ma
     The step reached, and the name of the signal that ended training or None.
 
   Raises:
-    TrainingError: the loss was not finite, or a record could not be read.
+    TrainingError: the loss or a gradient was not finite.
   """
   scaffold = tf.train.Scaffold(saver=tf.train.Saver())
   writer = tf.summary.FileWriterCache.get(log_dir)
@@ -163,9 +167,7 @@ def run_training(step, log_dir, devices, batch_size, num_samples, start_step, ma
                                 summary_op=step.scalar_summaries),
       tf.train.SummarySaverHook(save_secs=SAVE_IMAGES_SECS, summary_writer=writer,
                                 summary_op=step.image_summaries),
-      training_hooks.ProgressHook(step.global_step, step.loss, step.accuracy, batch_size,
-                                  len(devices), num_samples, max_steps,
-                                  log_every_n_steps, writer),
+      *hooks,
   ]
   reached = start_step
   try:
@@ -182,8 +184,6 @@ def run_training(step, log_dir, devices, batch_size, num_samples, start_step, ma
           f'The loss or a gradient is not finite at step {reached + 1}. The weights were '
           f'not updated with it; the last checkpoint in {log_dir} is good. A smaller '
           '--learning_rate may help') from error
-    if message := flowers.read_error_message(error):
-      raise TrainingError(message) from error
     raise
   return reached, stop_on_signal.received
 
@@ -218,25 +218,34 @@ def configure_model(dataset, log_dir, checkpoint, image_size, depth_multiplier, 
   return config
 
 
+def print_plan(dataset, devices, batch_size, start_step, max_steps, config, log_dir):
+  """Says what is trained on what, before anything takes time."""
+  for damage in dataset.records.damages:
+    print(f'Warning: {damage}', file=sys.stderr)
+  print(f'{len(devices)} {"tower" if len(devices) == 1 else "towers"} on {", ".join(devices)}; '
+        f'global batch {batch_size}, {batch_size // len(devices)} per tower')
+  print(f'{dataset.num_samples} images of {dataset.num_classes} classes: '
+        f'{dataset.num_samples / batch_size:.1f} steps per epoch')
+  print(f'Steps {start_step} to {max_steps}, seed {config.seed}; '
+        f'watch it with: tensorboard --logdir={log_dir}', flush=True)
+
+
 def main(args):
-  dataset = flowers.get_split('train', args.dataset_dir)
+  dataset = flowers.get_split('train', args.dataset_dir,
+                              flowers.name_pattern(args.dataset_name))
   devices = towers.tower_devices(args.num_clones, args.clone_on_cpu)
   if args.batch_size % len(devices):
     raise TrainingError(f'--batch_size {args.batch_size} is the sum over all towers: '
                         f'it must divide by {len(devices)} towers')
   checkpoint = tf.train.latest_checkpoint(args.log_dir)
   start_step = checkpoints.global_step(checkpoint) if checkpoint else 0
+  first_image = checkpoints.next_image(checkpoint) if checkpoint else 0
   config = configure_model(dataset, args.log_dir, checkpoint, args.image_size,
                            args.depth_multiplier, args.seed)
   max_steps = math.ceil(args.num_epochs * dataset.num_samples / args.batch_size)
   max_steps = min(max_steps, args.max_number_of_steps or max_steps)
 
-  print(f'{len(devices)} tower{"s"[:len(devices) - 1]} on {", ".join(devices)}; global batch {args.batch_size}, '
-        f'{args.batch_size // len(devices)} per tower')
-  print(f'{dataset.num_samples} images of {dataset.num_classes} classes in '
-        f'{args.dataset_dir}: {dataset.num_samples / args.batch_size:.1f} steps per epoch')
-  print(f'Steps {start_step} to {max_steps}, seed {config.seed}; '
-        f'watch it with: tensorboard --logdir={args.log_dir}')
+  print_plan(dataset, devices, args.batch_size, start_step, max_steps, config, args.log_dir)
   if start_step >= max_steps:
     print(f'{args.log_dir} is already trained to step {start_step}: '
           'ask for more --num_epochs, or choose another --log_dir')
@@ -251,10 +260,11 @@ def main(args):
   optimizer = optimization.configure_optimizer(
       args.optimizer, learning_rate, args.momentum, args.adam_beta1, args.adam_beta2,
       args.rmsprop_decay, args.opt_epsilon)
-  images, labels = flowers.load_batch(
+  flowers.require_readable(dataset)
+  images, labels, positions = flowers.load_numbered_batch(
       dataset, args.batch_size, config.image_size, config.image_size, is_training=True,
-      seed=config.seed, first_image=start_step * args.batch_size,
-      num_readers=args.num_readers, num_preprocessing_threads=args.num_preprocessing_threads)
+      seed=config.seed, first_image=first_image, num_readers=args.num_readers,
+      num_preprocessing_threads=args.num_preprocessing_threads)
 
   def loss_fn(tower_images, tower_labels):
     return tower_loss(tower_images, tower_labels, config.num_classes, True,
@@ -262,16 +272,25 @@ def main(args):
 
   with slim.arg_scope(xception.xception_arg_scope(
       args.weight_decay, xception.warmed_up_decay(args.batch_norm_decay, global_step))):
-    step = build_train_step(images, labels, loss_fn, optimizer, learning_rate, devices,
+    step = build_train_step(images, labels, positions, loss_fn, optimizer, learning_rate, devices,
                             global_step)
   num_parameters = sum(v.shape.num_elements() for v in tf.trainable_variables())
   print(f'{num_parameters:,} trainable parameters', flush=True)
 
+  writer = tf.summary.FileWriterCache.get(args.log_dir)
+  bad_records = training_hooks.BadRecordsHook(
+      step.global_step, step.positions, dataset, config.seed, first_image,
+      args.max_bad_fraction, writer)
+  progress = training_hooks.ProgressHook(
+      step.global_step, step.loss, step.accuracy, args.batch_size, len(devices),
+      dataset.num_samples, max_steps, args.log_every_n_steps, writer)
   reached, stopped_by = run_training(
-      step, args.log_dir, devices, args.batch_size, dataset.num_samples, start_step, max_steps,
-      args.log_every_n_steps, args.save_summaries_secs,
+      step, [bad_records, progress], args.log_dir, devices, start_step, max_steps,
+      args.save_summaries_secs,
       None if args.save_interval_steps else args.save_interval_secs, args.save_interval_steps)
   print(f'Saved step {reached} in {args.log_dir}')
+  if bad_records.too_many:
+    raise TrainingError(bad_records.too_many)
   print(f'Stopped by {stopped_by}: resume with the same command' if stopped_by else
         f'Next: python eval_flowers.py --dataset_dir {args.dataset_dir} '
         f'--log_dir {args.log_dir}')

@@ -7,6 +7,8 @@ import time
 import tensorflow.compat.v1 as tf
 import tqdm
 
+import flowers
+
 
 class ProgressHook(tf.train.SessionRunHook):
   """Shows loss, accuracy and images a second: a bar on a terminal, else log lines.
@@ -90,6 +92,68 @@ class ProgressHook(tf.train.SessionRunHook):
           f'accuracy = {accuracy:.3f} ({seconds_per_step:.3f} sec/step, '
           f'{images_per_second:.1f} images/sec{per_tower}, epoch {epoch:.2f}, '
           f'{remaining} left)', flush=True)
+
+
+class BadRecordsHook(tf.train.SessionRunHook):
+  """Counts the records that the input pipeline passed over, and stops if they are too many.
+
+  Which ones they are follows from the positions that are missing between those
+  that arrive. Each record counts once, however often it comes round.
+
+  Attributes:
+    too_many: why training was stopped, or None.
+  """
+
+  def __init__(self, global_step, positions, dataset, seed, first_image, max_bad_fraction,
+               summary_writer):
+    """Initializes the hook.
+
+    Args:
+      global_step: int64 [], as it is after the step.
+      positions: int64 [batch_size], from `flowers.load_numbered_batch`.
+      dataset, seed, first_image: what it was called with.
+      max_bad_fraction: share of the records that may be bad, in [0, 1).
+      summary_writer: tf.summary.FileWriter.
+    """
+    self.too_many = None
+    self._fetches = [global_step, positions]
+    self._dataset = dataset
+    self._seed = seed
+    self._next_position = first_image
+    self._max_bad = max_bad_fraction * dataset.num_samples
+    self._summary_writer = summary_writer
+    self._bad_numbers = set()
+
+  def before_run(self, run_context):
+    return tf.train.SessionRunArgs(self._fetches)
+
+  def after_run(self, run_context, run_values):
+    step, positions = run_values.results
+    end = int(positions[-1]) + 1
+    if end - self._next_position != len(positions):
+      for position in set(range(self._next_position, end)).difference(positions.tolist()):
+        self._count(flowers.record_number(position, self._dataset.num_samples, self._seed))
+      self._summary_writer.add_summary(
+          tf.Summary(value=[tf.Summary.Value(tag='bad_records',
+                                             simple_value=len(self._bad_numbers))]), step)
+      if len(self._bad_numbers) > self._max_bad:
+        self.too_many = (
+            f'{len(self._bad_numbers)} of {self._dataset.num_samples} records are bad, more '
+            'than --max_bad_fraction allows. Make the dataset again, or allow more')
+        run_context.request_stop()
+    self._next_position = end
+
+  def end(self, session):
+    if self._bad_numbers:
+      print(f'Bad records passed over: {len(self._bad_numbers)}', file=sys.stderr)
+
+  def _count(self, number):
+    if number in self._bad_numbers:
+      return
+    self._bad_numbers.add(number)
+    if len(self._bad_numbers) <= flowers.MAX_NAMED_BAD_RECORDS:
+      print(f'Warning: passing over {flowers.describe_bad_record(self._dataset, number)}',
+            file=sys.stderr, flush=True)
 
 
 class StopOnSignalHook(tf.train.SessionRunHook):

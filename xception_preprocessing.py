@@ -27,6 +27,9 @@ CONTRAST_RANGE = (0.5, 1.5)
 MAX_HUE_DELTA = 0.2
 CENTRAL_FRACTION = 0.875  # of each side, at evaluation
 
+# The same pixels as PIL's and OpenCV's; TensorFlow's default is a faster, coarser one.
+DCT_METHOD = 'INTEGER_ACCURATE'
+
 RESIZE_METHODS = (
     tf.image.ResizeMethod.BILINEAR,
     tf.image.ResizeMethod.NEAREST_NEIGHBOR,
@@ -96,7 +99,6 @@ def preprocess_for_train(image, height, width, bbox=None, fast_mode=True,
   with tf.name_scope('distort_image'):
     if seed is None:
       seed = tf.random.uniform([2], maxval=tf.int64.max, dtype=tf.int64)
-    image = tf.image.convert_image_dtype(image, tf.float32)
     distortion = draw_distortion(tf.shape(image), seed, bbox, fast_mode)
     return apply_distortion(image, distortion, height, width, fast_mode,
                             bbox, add_image_summaries)
@@ -112,6 +114,51 @@ def preprocess_for_eval(image, height, width, central_fraction=CENTRAL_FRACTION)
       image = tf.image.resize_bilinear(image[tf.newaxis], [height, width],
                                        align_corners=False)[0]
     return _to_network_range(image)
+
+
+def decode(encoded):
+  """Decodes the bytes of a JPEG or PNG file into uint8 [height, width, 3]."""
+  # Decodes PNG as well, in spite of its name.
+  return tf.image.decode_jpeg(encoded, channels=3, dct_method=DCT_METHOD)
+
+
+def decode_and_distort(encoded, height, width, seed, fast_mode=True):
+  """Decodes and distorts an image, the same as `preprocess_for_train(decode(encoded))`.
+
+  Of a JPEG, the crop alone is decoded: its window follows from the header.
+
+  Args:
+    encoded: string [], bytes of a JPEG or PNG file.
+    height, width, seed, fast_mode: as in `preprocess_image`.
+
+  Returns:
+    float32 [height, width, 3] in [-1, 1].
+  """
+  def decode_crop_of_jpeg():
+    shape = tf.image.extract_jpeg_shape(encoded)
+    distortion = draw_distortion(shape, seed, fast_mode=fast_mode)
+    return (_decode_jpeg_crop(encoded, shape, distortion), *distortion)
+
+  def crop_of_decoded():
+    image = decode(encoded)
+    distortion = draw_distortion(tf.shape(image), seed, fast_mode=fast_mode)
+    return (tf.slice(image, distortion.begin, distortion.size), *distortion)
+
+  crop, *fields = tf.cond(tf.image.is_jpeg(encoded), decode_crop_of_jpeg, crop_of_decoded)
+  return _distort_crop(crop, Distortion(*fields), height, width, fast_mode)
+
+
+def _decode_jpeg_crop(encoded, shape, distortion):
+  # Colours are stored at half the resolution and interpolated: without a column
+  # more on either side, those at the rim would be others.
+  top, left = distortion.begin[0], distortion.begin[1]
+  height, width = distortion.size[0], distortion.size[1]
+  wide_left = tf.maximum(left - 1, 0)
+  wide_right = tf.minimum(left + width + 1, shape[1])
+  crop = tf.image.decode_and_crop_jpeg(
+      encoded, [top, wide_left, height, wide_right - wide_left], channels=3,
+      dct_method=DCT_METHOD)
+  return crop[:, left - wide_left:left - wide_left + width]
 
 
 def draw_distortion(image_shape, seed, bbox=None, fast_mode=True):
@@ -157,7 +204,7 @@ def apply_distortion(image, distortion, height, width, fast_mode=True,
   """Applies drawn distortions to one image.
 
   Args:
-    image: float32 [image_height, image_width, 3] in [0, 1].
+    image: as in `preprocess_image`.
     distortion: a `Distortion`; its fields may be tensors or plain numbers.
     height, width: output size in pixels.
     fast_mode: as it was drawn.
@@ -168,9 +215,14 @@ def apply_distortion(image, distortion, height, width, fast_mode=True,
   """
   if add_image_summaries:
     _summarize_boxes(image, _whole_image() if bbox is None else bbox, distortion.box)
+  crop = tf.slice(image, distortion.begin, distortion.size)
+  return _distort_crop(crop, distortion, height, width, fast_mode, add_image_summaries)
 
-  # The slice loses the static number of channels.
-  image = tf.ensure_shape(tf.slice(image, distortion.begin, distortion.size), [None, None, 3])
+
+def _distort_crop(crop, distortion, height, width, fast_mode, add_image_summaries=False):
+  # The slice lost the static number of channels.
+  image = tf.ensure_shape(crop, [None, None, 3])
+  image = tf.image.convert_image_dtype(image, tf.float32)
   image = _resize(image, height, width, distortion.resize_method, fast_mode)
   if add_image_summaries:
     tf.summary.image('cropped_resized_image', image[tf.newaxis])
@@ -221,7 +273,7 @@ def _distort_color(image, distortion, fast_mode):
 
 
 def _summarize_boxes(image, bbox, distorted_box):
-  images = image[tf.newaxis]
+  images = tf.image.convert_image_dtype(image, tf.float32)[tf.newaxis]
   red = [[1.0, 0.0, 0.0]]
   tf.summary.image('image_with_bounding_boxes',
                    tf2.image.draw_bounding_boxes(images, bbox, red))

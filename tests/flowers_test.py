@@ -11,6 +11,7 @@ import tensorflow.compat.v1 as tf
 
 import flowers
 import tf_slim as slim
+import tfrecords
 
 CLASS_NAMES = ('daisy', 'dandelion', 'roses')
 
@@ -88,7 +89,8 @@ class FlowersTest(tf.test.TestCase):
 
   def test_labels(self):
     for text in ('0:daisy\n1:dandelion\n2:roses\n', '2:roses\n0:daisy\n1:dandelion',
-                 '0:daisy\r\n1: dandelion \r\n\r\n2:roses\r\n', '\ufeff0:daisy\n1:dandelion\n2:roses'):
+                 '0:daisy\r\n1: dandelion \r\n\r\n2:roses\r\n',
+                 '\ufeff0:daisy\n1:dandelion\n2:roses'):
       self.write_labels(text)
       self.assertEqual(flowers.read_labels(self.dir), list(CLASS_NAMES))
 
@@ -164,14 +166,23 @@ class FlowersTest(tf.test.TestCase):
     with self.assertRaisesRegex(flowers.DatasetError, 'hold no record'):
       flowers.get_split('train', self.dir)
 
-  def test_a_shard_cut_short_is_named(self):
-    path = self.write_images(range(3))
-    for cut in (5, os.path.getsize(path) // 2):
-      with open(path, 'r+b') as f:
-        f.truncate(os.path.getsize(path) - cut)
-      with self.assertRaisesRegex(flowers.DatasetError, r'00000-of-00001.tfrecord is damaged: '
-                                  r'it ends inside record \d'):
-        flowers.get_split('train', self.dir)
+  def test_a_shard_cut_short_loses_its_own_tail(self):
+    path = self.write_images(range(3), shard=0, num_shards=2)
+    self.write_images(range(3, 8), shard=1, num_shards=2)
+    with open(path, 'r+b') as f:
+      f.truncate(os.path.getsize(path) - 5)
+    dataset = flowers.get_split('train', self.dir)
+    self.assertEqual(dataset.num_samples, 2 + 5)
+    self.assertEqual(dataset.records.damages, [f'{path} ends inside record 2, which is lost'])
+    (_, labels), = self.read_batches(None, 10, is_training=False)
+    self.assertAllEqual(labels, [0, 1, 0, 1, 2, 0, 1])
+
+  def test_no_record_left(self):
+    path = self.write_images([1])
+    with open(path, 'r+b') as f:
+      f.truncate(50)
+    with self.assertRaisesRegex(flowers.DatasetError, 'ends inside record 0'):
+      flowers.get_split('train', self.dir)
 
   # load_batch.
 
@@ -247,35 +258,74 @@ class FlowersTest(tf.test.TestCase):
     self.assertNotAllClose(batches[0][0], batches[1][0], atol=0.01)
     self.assertNotAllClose(batches[1][0], batches[2][0], atol=0.01)
 
-  def read_error(self):
-    with self.assertRaises(tf.errors.OpError) as context:
-      self.read_batches(None, is_training=False)
-    return flowers.read_error_message(context.exception)
+  def test_record_number_tells_which_record_it_was(self):
+    labels = self.epochs_of_labels(2, 20, seed=5).ravel()
+    self.assertAllEqual(labels, [flowers.record_number(position, 20, 5)
+                                 for position in range(40)])
 
-  def test_a_label_outside_labels_txt_is_an_error_with_the_file(self):
+  # Bad records: the third of six is bad in some way.
+
+  def check_bad_record(self, bad, message):
+    """`bad` is a tf.train.Example, or a function that damages the shard."""
+    examples = [flowers.make_example(encoded_image(i), 'jpg', i % 3, 90, 110) for i in range(6)]
+    if isinstance(bad, tf.train.Example):
+      examples[2] = bad
+    path = self.write_shard(examples)
+    if callable(bad):
+      bad(path)
+    dataset = flowers.get_split('train', self.dir)
+    self.assertEqual(dataset.num_samples, 6)
+    with tf.Graph().as_default(), tf.Session() as session:
+      batch = flowers.load_numbered_batch(dataset, 6, 71, 71, is_training=False)
+      images, labels, positions = session.run(batch)
+    self.assertAllEqual(positions, [0, 1, 3, 4, 5])
+    self.assertAllEqual(labels, [0, 1, 0, 1, 2])
+    self.assertEqual([index_of(image) for image in images], [0, 1, 3, 4, 5])
+
+    # Training goes on without it, and its number is left out.
+    with tf.Graph().as_default(), tf.Session() as session:
+      batch = flowers.load_numbered_batch(dataset, 5, 71, 71, is_training=True, seed=1)
+      positions = np.concatenate([session.run(batch)[2] for _ in range(4)])
+    left_out = sorted(set(range(positions[-1] + 1)) - set(positions))
+    self.assertNotEmpty(left_out)
+    self.assertEqual({flowers.record_number(p, 6, 1) for p in left_out}, {2})
+
+    reader = flowers.RecordReader(dataset)
+    self.assertEqual(index_of(reader(1)[0] / 127.5 - 1), 1)
+    with self.assertRaisesRegex(tfrecords.RecordError, message):
+      reader(2)
+
+  def test_a_label_outside_labels_txt(self):
     for label in (3, -1):
-      self.write_shard([flowers.make_example(encoded_image(1), 'jpg', label, 90, 110)])
-      message = self.read_error()
-      self.assertIn(f'its label is {label}, but labels.txt has the ids 0 to 2', message)
-      self.assertIn('flowers_train_00000-of-00001.tfrecord', message)
+      self.check_bad_record(flowers.make_example(encoded_image(1), 'jpg', label, 90, 110),
+                            f'its label is {label}, but labels.txt has the ids 0 to 2')
 
-  def test_a_missing_key_is_an_error(self):
+  def test_a_missing_key(self):
     for key in ('image/encoded', 'image/format', 'image/class/label'):
       example = flowers.make_example(encoded_image(1), 'jpg', 1, 90, 110)
       del example.features.feature[key]
-      self.write_shard([example])
-      self.assertIn(key, self.read_error())
+      self.check_bad_record(example, f'{key}.* is required but could not be found')
 
-  def test_a_broken_image_is_an_error(self):
-    self.write_shard([flowers.make_example(encoded_image(1)[:300], 'jpg', 1, 90, 110)])
-    self.assertRegex(self.read_error(), 'A record cannot be read: .*')
+  def test_a_key_of_another_type(self):
+    example = flowers.make_example(encoded_image(1), 'jpg', 1, 90, 110)
+    example.features.feature['image/class/label'].bytes_list.value.append(b'1')
+    self.check_bad_record(example, 'image/class/label.*Data types don.t match')
 
-  def test_other_errors_are_not_taken_for_read_errors(self):
-    with tf.Graph().as_default(), tf.Session() as session:
-      check = tf.debugging.check_numerics(tf.constant(np.nan), 'nan')
-      with self.assertRaises(tf.errors.OpError) as context:
-        session.run(check)
-    self.assertIsNone(flowers.read_error_message(context.exception))
+  def test_an_image_that_does_not_decode(self):
+    encoded = encoded_image(1)
+    for broken in (encoded[:len(encoded) // 2], b'', b'<html>not found</html>', b'\xff\xd8\xff'):
+      self.check_bad_record(flowers.make_example(broken, 'jpg', 1, 90, 110), '.')
+
+  def test_a_flipped_bit(self):
+    def flip(path):
+      records = tfrecords.Records([path])
+      with open(path, 'r+b') as f:
+        content = bytearray(f.read())
+        content[content.index(records[2]) + 100] ^= 4
+        f.seek(0)
+        f.write(content)
+
+    self.check_bad_record(flip, 'its checksum is wrong: the file is damaged')
 
 
 if __name__ == '__main__':

@@ -99,7 +99,7 @@ class PipelineTest(ScriptTestCase):
     self.assertEqual(returncode, 0, output)
     for line in (
         r'^2 towers on /cpu:0, /cpu:1; global batch 8, 4 per tower$',
-        r'^400 images of 5 classes in .*dataset: 50.0 steps per epoch$',
+        r'^400 images of 5 classes: 50.0 steps per epoch$',
         r'^Steps 0 to 8, seed 1; watch it with: tensorboard --logdir=.*log$',
         r'^[\d,]{6,} trainable parameters$',
         r'^global step 8/8: loss = \d\.\d{4}, accuracy = \d\.\d{3} \(\d+\.\d{3} sec/step, '
@@ -304,6 +304,60 @@ class InterruptionTest(ScriptTestCase):
     self.assertEndsWithMessage(result, r'train_flowers.py: The loss or a gradient is not finite '
                                r'at step \d+\. .* the last checkpoint in .*log is good')
     self.check_checkpoint(self.log_dir)
+
+
+class BadRecordTest(ScriptTestCase):
+
+  def setUp(self):
+    super().setUp()
+    # 40 of the shipped flowers a split, the fourth of them damaged.
+    self.dataset_dir = os.path.join(self.dir, 'dataset')
+    os.mkdir(self.dataset_dir)
+    shutil.copy(os.path.join(DATASET_DIR, 'labels.txt'), self.dataset_dir)
+    for split in flowers.SPLITS:
+      records = flowers.get_split(split, DATASET_DIR).records
+      path = os.path.join(self.dataset_dir, flowers.shard_name(split, 0, 1))
+      with tf.python_io.TFRecordWriter(path) as writer:
+        for i in range(40):
+          writer.write(records[i])
+      with open(path, 'r+b') as f:
+        f.seek(sum(len(records[i]) + 16 for i in range(3)) + 100)
+        f.write(b'damage')
+
+  def test_training_passes_over_a_bad_record(self):
+    options = [*TRAIN, '--log_dir', self.log_dir, '--dataset_dir', self.dataset_dir,
+               '--max_number_of_steps', '8']
+    returncode, output = run(*options, '--max_bad_fraction', '0.05')
+    self.assertEqual(returncode, 0, output)
+    message = 'flowers_train_00000-of-00001.tfrecord, record 3: its checksum is wrong'
+    self.assertEqual(output.count(message), 1)  # though it came round twice
+    self.assertIn('Bad records passed over: 1', output)
+    # 8 steps of 8 images and two that were passed over or one.
+    self.assertBetween(checkpoints.next_image(checkpoints.find(self.log_dir)), 65, 66)
+    tags = {value.tag for path in tf.gfile.Glob(os.path.join(self.log_dir, 'events.*'))
+            for event in tf.train.summary_iterator(path) for value in event.summary.value}
+    self.assertIn('bad_records', tags)
+
+    result = run('eval_flowers.py', '--dataset_dir', self.dataset_dir, '--log_dir', self.log_dir)
+    self.assertIn('flowers_validation_00000-of-00001.tfrecord, record 3: its checksum', result[1])
+    self.assertRegex(last_line(result[1]), r'\(\d+ of 39\)$')
+
+  def test_too_many_bad_records_stop_training(self):
+    self.assertEndsWithMessage(
+        run(*TRAIN, '--log_dir', self.log_dir, '--dataset_dir', self.dataset_dir),
+        '1 of 40 records are bad, more than --max_bad_fraction allows')
+    self.assertLess(self.check_checkpoint(self.log_dir), 6)
+
+  def test_labels_of_another_dataset(self):
+    with open(os.path.join(self.dataset_dir, 'labels.txt'), 'w') as f:
+      f.write('0:daisy\n')
+    path = os.path.join(self.dataset_dir, flowers.shard_name('train', 0, 1))
+    with tf.python_io.TFRecordWriter(path) as writer:
+      for _ in range(3):
+        writer.write(flowers.make_example(b'', 'jpg', 4, 1, 1).SerializeToString())
+    self.assertEndsWithMessage(
+        run(*TRAIN, '--log_dir', self.log_dir, '--dataset_dir', self.dataset_dir,
+            '--batch_size', '2'), 'Not one of the first records can be used: .*, record 0: .')
 
 
 class MistakeTest(ScriptTestCase):

@@ -60,8 +60,9 @@ def take_step(num_towers, is_training=False, initial_values=None,
     # Decay 0: the moving statistics are those of the last training batch.
     with slim.arg_scope(xception.xception_arg_scope(weight_decay, batch_norm_decay=0.0)):
       step = train_flowers.build_train_step(
-          tf.constant(images), tf.constant(labels), loss_fn,
-          tf.train.MomentumOptimizer(learning_rate, 0.9), learning_rate, devices, global_step)
+          tf.constant(images), tf.constant(labels), tf.range(len(labels), dtype=tf.int64),
+          loss_fn, tf.train.MomentumOptimizer(learning_rate, 0.9), learning_rate, devices,
+          global_step)
     variables = {variable.op.name: variable for variable in tf.global_variables()}
     with tf.Session(config=towers.session_config(devices)) as session:
       initialize(session, initial_values)
@@ -221,8 +222,9 @@ class TrainStepTest(tf.test.TestCase):
           depth_multiplier=DEPTH_MULTIPLIER, dropout_keep_prob=1.0, label_smoothing=0.0)
       with slim.arg_scope(xception.xception_arg_scope()):
         step = train_flowers.build_train_step(
-            tf.constant(images), tf.constant(labels), loss_fn,
-            tf.train.GradientDescentOptimizer(0.1), tf.constant(0.1), ['/cpu:0'], global_step)
+            tf.constant(images), tf.constant(labels), tf.range(len(labels), dtype=tf.int64),
+            loss_fn, tf.train.GradientDescentOptimizer(0.1), tf.constant(0.1), ['/cpu:0'],
+            global_step)
       initialize(session)
       before = session.run(tf.global_variables())
       with self.assertRaises(tf.errors.InvalidArgumentError) as context:
