@@ -91,10 +91,15 @@ def make_example(encoded, image_format, label, height, width):
 
 
 def read_labels(dataset_dir):
-  """Reads the class names of labels.txt.
+  """Reads the class names of a dataset's labels.txt; see `read_labels_file`."""
+  return read_labels_file(os.path.join(dataset_dir, LABELS_FILE))
+
+
+def read_labels_file(path):
+  """Reads class names.
 
   Args:
-    dataset_dir: folder of the dataset.
+    path: file of lines like 0:daisy.
 
   Returns:
     List of class names; a name's index is its id.
@@ -103,7 +108,6 @@ def read_labels(dataset_dir):
     DatasetError: the file is missing, empty, or not `id:name` lines that number
       the classes 0, 1, 2, ...
   """
-  path = os.path.join(dataset_dir, LABELS_FILE)
   try:
     with open(path, encoding='utf-8-sig') as f:
       lines = [line.strip() for line in f]

@@ -1,0 +1,300 @@
+"""Tests of making a dataset of a folder of images, and of the folders it refuses."""
+
+import collections
+import contextlib
+import csv
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+import tensorflow.compat.v1 as tf
+
+import create_tfrecords
+import flowers
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def setUpModule():
+  tf.disable_v2_behavior()
+  tf.enable_resource_variables()
+
+
+def image_bytes(seed, image_format='JPEG'):
+  """An encoded image of 90 x 80 pixels; every seed gives another."""
+  pixels = np.random.default_rng(seed).integers(0, 256, [9, 8, 3]).astype(np.uint8)
+  file = io.BytesIO()
+  Image.fromarray(pixels).resize((80, 90)).save(file, image_format)
+  return file.getvalue()
+
+
+class CreateDatasetTest(tf.test.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.dir = tempfile.mkdtemp()
+    self.addCleanup(shutil.rmtree, self.dir)
+    self.image_dir = os.path.join(self.dir, 'images')
+    self.dataset_dir = os.path.join(self.dir, 'dataset')
+
+  def write(self, path, content):
+    path = os.path.join(os.fsencode(self.image_dir), os.fsencode(path))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, 'wb') as f:
+      f.write(content)
+
+  def write_classes(self, **counts):
+    for seed, (name, count) in enumerate(counts.items()):
+      for i in range(count):
+        self.write(f'{name}/{i:03d}.jpg', image_bytes([seed, i]))
+
+  def create(self, **kwargs):
+    """Makes the dataset; returns what was printed."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+      create_tfrecords.create_dataset(self.image_dir, self.dataset_dir, **kwargs)
+    return output.getvalue()
+
+  def features(self, split):
+    """[(encoded, format, label, height, width)] of a split."""
+    records = flowers.get_split(split, self.dataset_dir).records
+    result = []
+    for i in range(len(records)):
+      feature = tf.train.Example.FromString(records[i]).features.feature
+      result.append((feature['image/encoded'].bytes_list.value[0],
+                     feature['image/format'].bytes_list.value[0],
+                     *(feature[f'image/{key}'].int64_list.value[0]
+                       for key in ('class/label', 'height', 'width'))))
+    return result
+
+  def rejected(self):
+    with open(os.path.join(self.dataset_dir, 'rejected.csv'), encoding='utf-8', newline='') as f:
+      return {row['file']: row['reason'] for row in csv.DictReader(f)}
+
+  def digests(self):
+    return {name: hashlib.sha256(open(os.path.join(self.dataset_dir, name), 'rb').read()).digest()
+            for name in os.listdir(self.dataset_dir)}
+
+  def assertRefused(self, message, **kwargs):
+    before = self.digests() if os.path.isdir(self.dataset_dir) else None
+    with self.assertRaisesRegex(flowers.DatasetError, message):
+      self.create(**kwargs)
+    self.assertEqual(before, self.digests() if before is not None else None)
+
+  # What is written.
+
+  def test_records(self):
+    self.write_classes(cat=10, dog=20)
+    output = self.create(validation_fraction=0.2, num_shards=2, seed=1)
+    self.assertEqual(sorted(os.listdir(self.dataset_dir)), [
+        'flowers_train_00000-of-00002.tfrecord', 'flowers_train_00001-of-00002.tfrecord',
+        'flowers_validation_00000-of-00002.tfrecord',
+        'flowers_validation_00001-of-00002.tfrecord', 'labels.txt'])
+    self.assertEqual(flowers.read_labels(self.dataset_dir), ['cat', 'dog'])
+    train, validation = self.features('train'), self.features('validation')
+    self.assertEqual(collections.Counter(r[2] for r in train), {0: 8, 1: 16})
+    self.assertEqual(collections.Counter(r[2] for r in validation), {0: 2, 1: 4})
+    # Every file once, byte for byte.
+    self.assertCountEqual(
+        [r[0] for r in train + validation],
+        [image_bytes([seed, i]) for seed, n in ((0, 10), (1, 20)) for i in range(n)])
+    self.assertEqual({r[1:2] + r[3:] for r in train + validation}, {(b'jpg', 90, 80)})
+    self.assertNotEqual([r[2] for r in train], sorted(r[2] for r in train))
+    self.assertEqual([line.split() for line in output.splitlines()], [
+        ['class', 'train', 'validation', 'rejected'], ['cat', '8', '2', '0'],
+        ['dog', '16', '4', '0'], ['total', '24', '6', '0']])
+
+  def test_load_batch_reads_it(self):
+    self.write_classes(cat=3, dog=3)
+    self.create()
+    with tf.Graph().as_default(), tf.Session() as session:
+      images, labels = session.run(flowers.load_batch(
+          flowers.get_split('train', self.dataset_dir), 4, 71, 71, is_training=False))
+    self.assertEqual(images.shape, (4, 71, 71, 3))
+    self.assertAllEqual(np.bincount(labels), [2, 2])
+
+  def test_same_files_for_the_same_seed(self):
+    self.write_classes(cat=12, dog=9)
+    self.write('cat/converted.bmp', image_bytes(77, 'BMP'))
+    digests = []
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def reversed_scandir(path):
+      with scandir(path) as entries:
+        yield reversed(list(entries))
+
+    for seed, num_workers, listing in ((1, 1, scandir), (1, 4, reversed_scandir), (2, 1, scandir)):
+      with mock.patch.object(os, 'scandir', listing):
+        self.create(seed=seed, num_workers=num_workers, overwrite=True)
+      digests.append(self.digests())
+    self.assertEqual(digests[0], digests[1])
+    self.assertNotEqual(digests[0], digests[2])
+
+  def test_every_class_is_trained_and_validated(self):
+    self.write_classes(one=1, two=2, many=40)
+    self.create(validation_fraction=0.1, num_shards=1)
+    self.assertEqual(collections.Counter(r[2] for r in self.features('train')), {1: 1, 2: 1, 0: 36})
+    self.assertEqual(collections.Counter(r[2] for r in self.features('validation')), {2: 1, 0: 4})
+
+  def test_no_validation(self):
+    self.write_classes(cat=2, dog=2)
+    self.create(validation_fraction=0)
+    self.assertLen(self.features('train'), 4)
+    with self.assertRaisesRegex(flowers.DatasetError, 'No file matches'):
+      flowers.get_split('validation', self.dataset_dir)
+
+  def test_ids_of_an_existing_labels_file(self):
+    self.write_classes(cat=2, dog=4)
+    labels = os.path.join(self.dir, 'ids.txt')
+    with open(labels, 'w', encoding='utf-8') as f:
+      f.write('1:cat\n0:dog\n')
+    self.create(labels_file=labels, num_shards=1)
+    self.assertEqual(flowers.read_labels(self.dataset_dir), ['dog', 'cat'])
+    self.assertEqual(collections.Counter(r[2] for r in self.features('train')), {0: 3, 1: 1})
+    with open(labels, 'w', encoding='utf-8') as f:
+      f.write('0:cat\n1:cow\n')
+    self.assertRefused(r"ids.txt does not fit the class folders: it lacks \['dog'\], and no "
+                       r"folder is there for \['cow'\]", labels_file=labels, overwrite=True)
+
+  # Files that cannot be used.
+
+  def test_rejected_files(self):
+    self.write_classes(cat=4, dog=4)
+    self.write('cat/.DS_Store', b'hidden files are ignored')
+    self.write('.git/x', b'and hidden folders')
+    self.write('LICENSE.txt', b'and other files beside the classes')
+    self.write('cat/zero.jpg', b'')
+    self.write('cat/page.jpg', b'<html>')
+    self.write('cat/with space and ü.jpg', b'no image')
+    self.write(b'cat/not-utf8-\xff.jpg', b'no image')
+    self.write('cat/line\nbreak.jpg', b'no image')
+    self.write('cat/folder/inside.jpg', image_bytes(50))
+    self.write('dog/truncated.jpg', image_bytes(51)[:400])
+    self.write('dog/copy.jpg', image_bytes([1, 0]))
+    os.symlink('nowhere', os.path.join(self.image_dir, 'dog', 'broken-link.jpg'))
+    os.symlink('.', os.path.join(self.image_dir, 'dog', 'loop'))
+    os.mkfifo(os.path.join(self.image_dir, 'dog', 'pipe.jpg'))
+    output = self.create(num_shards=1)
+    self.assertEqual(self.rejected(), {
+        'cat/zero.jpg': 'the file is empty',
+        'cat/page.jpg': 'it is no image',
+        'cat/with space and ü.jpg': 'it is no image',
+        'cat/not-utf8-\\udcff.jpg': 'it is no image',
+        'cat/line\nbreak.jpg': 'it is no image',
+        'cat/folder': 'a folder inside a class folder',
+        'dog/truncated.jpg': mock.ANY,
+        'dog/copy.jpg': mock.ANY,
+        'dog/broken-link.jpg': 'a broken link',
+        'dog/loop': 'a folder inside a class folder',
+        'dog/pipe.jpg': 'not a file'})
+    self.assertStartsWith(self.rejected()['dog/truncated.jpg'], 'it does not decode')
+    self.assertRegex(output, r'\ncat +3 +1 +6\ndog +3 +1 +5\ntotal +6 +2 +11\n$')
+
+  def test_good_files_with_odd_names(self):
+    self.write_classes(cat=2, dog=2)
+    names = ['with space.jpg', 'line\nbreak.jpg', b'\xff\xfe.jpg', 'no suffix', 'wrong.txt']
+    for i, name in enumerate(names):
+      self.write(b'cat/' + os.fsencode(name), image_bytes(100 + i))
+    self.write('elsewhere.bin', image_bytes(200))
+    os.symlink('../elsewhere.bin', os.path.join(self.image_dir, 'dog', 'link.jpg'))
+    self.create(num_shards=1)
+    encoded = [r[0] for split in flowers.SPLITS for r in self.features(split)]
+    self.assertLen(encoded, 10)
+    self.assertContainsSubset([image_bytes(100 + i) for i in range(5)] + [image_bytes(200)],
+                              encoded)
+
+  def test_equal_files(self):
+    self.write_classes(cat=4, dog=4)
+    self.write('cat/000 again.jpg', image_bytes([0, 0]))
+    self.write('dog/cat.jpg', image_bytes([0, 3]))
+    self.create(num_shards=1)
+    reasons = self.rejected()
+    self.assertCountEqual(reasons, ['cat/000.jpg', 'cat/003.jpg', 'dog/cat.jpg'])
+    self.assertRegex(reasons['cat/000.jpg'], 'same content as .*cat/000 again.jpg$')
+    self.assertRegex(reasons['cat/003.jpg'], 'same content as .*dog/cat.jpg of another class')
+    self.assertRegex(reasons['dog/cat.jpg'], 'same content as .*cat/003.jpg of another class')
+    encoded = [r[0] for split in flowers.SPLITS for r in self.features(split)]
+    self.assertLen(set(encoded), len(encoded))
+
+  # Folders that are refused, without a trace.
+
+  def test_folder_mistakes(self):
+    self.assertRefused('There is no folder .*images: is --image_dir right')
+    os.mkdir(self.image_dir)
+    self.assertRefused('images has 0 class folders: at least 2 are needed')
+    self.write_classes(cat=2)
+    self.assertRefused('images has 1 class folders: at least 2 are needed')
+    self.write('dog/x/1.jpg', image_bytes(1))
+    self.assertRefused('dog has folders only: are the classes one level deeper')
+    shutil.rmtree(os.path.join(self.image_dir, 'dog'))
+    os.mkdir(os.path.join(self.image_dir, 'dog'))
+    self.assertRefused('The class folder .*dog is empty')
+    self.write('dog/notes.txt', b'none yet')
+    self.assertRefused('No image of the class dog can be used; the first: it is no image')
+    self.write('IMG_1.JPG', image_bytes(1))
+    self.assertRefused('1 images, such as IMG_1.JPG, lie directly in')
+
+  def test_class_names_that_labels_txt_cannot_hold(self):
+    self.write_classes(cat=1)
+    for name in ('line\nbreak', ' space', b'\xff'):
+      self.write(os.fsencode(name) + b'/1.jpg', image_bytes(9))
+      self.assertRefused('cannot stand in labels.txt')
+      shutil.rmtree(os.path.join(os.fsencode(self.image_dir), os.fsencode(name)))
+
+  def test_more_shards_than_images(self):
+    self.write_classes(cat=2, dog=2)
+    self.assertRefused('--num_shards 3 is more than the 2 images of the train split', num_shards=3)
+
+  # What is there already.
+
+  def test_nothing_is_replaced_without_overwrite(self):
+    self.write_classes(cat=6, dog=6)
+    self.create(num_shards=2)
+    self.assertRefused('00000-of-00002.tfrecord exists: add --overwrite')
+    self.assertRefused('00000-of-00002.tfrecord exists: add --overwrite', num_shards=1)
+    self.create(dataset_name='other')  # beside it, with the same labels
+    self.assertLen(os.listdir(self.dataset_dir), 9)
+    self.write('cow/1.jpg', image_bytes(300))
+    self.write('cow/2.jpg', image_bytes(301))
+    self.assertRefused('labels.txt exists: add --overwrite', dataset_name='third')
+    self.create(num_shards=1, overwrite=True)
+    # The old shards are not mixed in.
+    self.assertLen(flowers.get_split('train', self.dataset_dir).data_sources, 1)
+    self.assertEqual(flowers.read_labels(self.dataset_dir), ['cat', 'cow', 'dog'])
+
+  def test_an_interrupted_run_leaves_what_was_there(self):
+    self.write_classes(cat=6, dog=6)
+    self.create()
+    before = self.digests()
+    with mock.patch.object(create_tfrecords, 'write_labels', side_effect=KeyboardInterrupt):
+      with self.assertRaises(KeyboardInterrupt):
+        self.create(seed=5, overwrite=True)
+    after = self.digests()
+    self.assertContainsSubset(before.items(), after.items())
+    self.assertTrue(all(name.endswith('.tmp') for name in after if name not in before))
+    self.create(seed=5, overwrite=True)
+    self.assertEqual(sorted(os.listdir(self.dataset_dir)), sorted(before))
+
+  def test_the_script(self):
+    self.write_classes(cat=3, dog=3)
+    command = [sys.executable, os.path.join(PROJECT, 'create_tfrecords.py'), '--image_dir',
+               self.image_dir, '--dataset_dir', self.dataset_dir]
+    result = subprocess.run(command, capture_output=True, text=True)
+    self.assertEqual(result.returncode, 0, result.stderr)
+    self.assertEqual(result.stdout.splitlines()[-1], f'Wrote {self.dataset_dir}')
+    result = subprocess.run(command, capture_output=True, text=True)
+    self.assertEqual(result.returncode, 1)
+    self.assertNotIn('Traceback', result.stderr)
+    self.assertRegex(result.stderr, 'create_tfrecords.py: .* exists: add --overwrite')
+
+
+if __name__ == '__main__':
+  tf.test.main()
