@@ -53,6 +53,10 @@ class DatasetError(Exception):
   """A dataset that cannot be read; the message says what to do about it."""
 
 
+class MissingSplitError(DatasetError):
+  """A dataset has no file of a split."""
+
+
 def name_pattern(dataset_name):
   """Returns the pattern of a dataset's files, for `get_split`: flowers_%s_*.tfrecord."""
   return f'{dataset_name}_%s_*.tfrecord'
@@ -156,7 +160,8 @@ def get_split(split_name, dataset_dir, file_pattern=None, reader=None):
 
   Raises:
     ValueError: unknown split.
-    DatasetError: no file, no record, or a bad labels.txt.
+    MissingSplitError: no file.
+    DatasetError: no record, or a bad labels.txt.
   """
   if split_name not in SPLITS:
     raise ValueError(f'Unknown split {split_name!r}: use one of {", ".join(SPLITS)}')
@@ -164,8 +169,8 @@ def get_split(split_name, dataset_dir, file_pattern=None, reader=None):
   pattern = (file_pattern or name_pattern(DATASET_NAME)).replace('%s', split_name)
   files = sorted(glob.glob(os.path.join(glob.escape(dataset_dir), pattern)))
   if not files:
-    raise DatasetError(f'No file matches {os.path.join(dataset_dir, pattern)}: '
-                       'is --dataset_dir right, and --dataset_name?')
+    raise MissingSplitError(f'No file matches {os.path.join(dataset_dir, pattern)}: '
+                            'is --dataset_dir right, and --dataset_name?')
   records = tfrecords.Records(files)
   if not len(records):
     raise DatasetError('; '.join(records.damages) or
