@@ -25,6 +25,7 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 import tqdm
 
+import atomic_files
 import flowers
 import options
 import tfrecords
@@ -160,9 +161,7 @@ def draw_contact_sheet(images, path):
       axis.imshow(image)
   png = io.BytesIO()
   figure.savefig(png, format='png', dpi=80)
-  with open(path + '.tmp', 'wb') as f:
-    f.write(png.getvalue())
-  os.replace(path + '.tmp', path)
+  atomic_files.write(path, png.getvalue())
 
 
 def print_report(report):

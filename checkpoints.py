@@ -10,6 +10,8 @@ import os
 
 import tensorflow.compat.v1 as tf
 
+import atomic_files
+
 CONFIG_FILE = 'model_config.json'
 NEXT_IMAGE = 'next_image'  # variable: the image that a resumed run goes on with
 
@@ -73,11 +75,8 @@ def next_image(checkpoint):
 
 def save_config(config, log_dir):
   """Writes the configuration into log_dir, in one atomic step."""
-  path = os.path.join(log_dir, CONFIG_FILE)
-  with open(path + '.tmp', 'w', encoding='utf-8') as f:
-    json.dump(dataclasses.asdict(config), f, indent=2, ensure_ascii=False)
-    f.write('\n')
-  os.replace(path + '.tmp', path)
+  text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + '\n'
+  atomic_files.write(os.path.join(log_dir, CONFIG_FILE), text.encode())
 
 
 def load_config(checkpoint):

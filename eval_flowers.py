@@ -22,6 +22,7 @@ import tensorflow.compat.v1 as tf
 import tf_slim as slim
 import tqdm
 
+import atomic_files
 import checkpoints
 import flowers
 import options
@@ -116,13 +117,6 @@ def report_bad_records(dataset, bad_numbers):
           file=sys.stderr)
 
 
-def write_atomically(path, content):
-  """Writes bytes to a file that is never seen half written."""
-  with open(path + '.tmp', 'wb') as f:
-    f.write(content)
-  os.replace(path + '.tmp', path)
-
-
 def write_events(log_eval, metrics, predictions_png):
   """Adds the metrics and the picture to TensorBoard at the checkpoint's step."""
   def value(tag, number):
@@ -196,9 +190,9 @@ def main(args):
   log_eval = args.log_eval or os.path.join(args.log_dir, 'eval')
   os.makedirs(log_eval, exist_ok=True)
   predictions_png = draw_predictions(evaluation, class_names)
-  write_atomically(os.path.join(log_eval, 'predictions.png'), predictions_png)
-  write_atomically(os.path.join(log_eval, 'metrics.json'),
-                   (json.dumps(metrics, indent=2) + '\n').encode())
+  atomic_files.write(os.path.join(log_eval, 'predictions.png'), predictions_png)
+  atomic_files.write(os.path.join(log_eval, 'metrics.json'),
+                     (json.dumps(metrics, indent=2) + '\n').encode())
   write_events(log_eval, metrics, predictions_png)
   print(f'Wrote metrics.json, predictions.png and events to {log_eval}')
   print(f'Loss: {metrics["loss"]:.4f}')

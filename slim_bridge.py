@@ -23,7 +23,6 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
 
 import importlib
 import importlib.metadata
-import logging
 import warnings
 
 import tensorflow.compat.v1 as tf

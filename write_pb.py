@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
+import atomic_files
 import checkpoints
 import flowers
 import options
@@ -87,9 +88,7 @@ def write_labels(class_names, path):
         raise FreezeError(f'{path} names other classes than the checkpoint: '
                           'choose an --output_file in another folder')
     return
-  with open(path + '.tmp', 'w', encoding='utf-8', newline='\n') as f:
-    f.write(content)
-  os.replace(path + '.tmp', path)
+  atomic_files.write(path, content.encode())
 
 
 def parse_args(argv=None):
