@@ -361,6 +361,8 @@ if __name__ == '__main__':
                    args.labels_file, args.overwrite)
   except (flowers.DatasetError, OSError) as error:
     sys.exit(f'create_tfrecords.py: {error}')
+  except tf.errors.OpError as error:  # TFRecordWriter's OSError, of a full disk for instance
+    sys.exit(f'create_tfrecords.py: the TFRecords cannot be written: {error.message}')
   except KeyboardInterrupt:
     sys.exit('create_tfrecords.py: interrupted; nothing was written')
   print(f'Wrote {args.dataset_dir}')

@@ -1,13 +1,18 @@
 """Tests of the download against a server on this machine, and of hostile archives."""
 
+import errno
 import hashlib
 import http.server
 import io
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
 import tempfile
 import threading
+import time
 from unittest import mock
 
 import tensorflow.compat.v1 as tf
@@ -15,6 +20,8 @@ import tensorflow.compat.v1 as tf
 from create_tfrecords_test import image_bytes
 import download_flowers
 import flowers
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def setUpModule():
@@ -41,16 +48,22 @@ def make_archive(extra=()):
 
 
 class Server(http.server.ThreadingHTTPServer):
-  """Serves `content`; `requests` are the Range headers that came."""
+  """Serves `content`; `requests` are the Range headers that came, `sent` the bytes of bodies."""
 
   def __init__(self, content):
     super().__init__(('127.0.0.1', 0), Handler)
     self.content = content
     self.requests = []
+    self.sent = 0
     self.takes_ranges = True
     self.cut_after = None  # bytes, of the next response only
+    self.stall_after = None  # bytes, after which it sends nothing more until `go_on`
+    self.go_on = threading.Event()
+    self.first_byte = None  # where a part really begins, if not where it should
+    self.sends_length = True
     self.status = 200
-    threading.Thread(target=self.serve_forever, daemon=True).start()
+    # Short polls, so that it also stops soon.
+    threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -68,12 +81,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
       if start >= len(server.content):
         self.send_error(416)
         return
-    self.send_response(206 if requested and server.takes_ranges else 200)
-    self.send_header('Content-Length', str(len(server.content) - start))
+    if server.first_byte is not None:
+      start = server.first_byte
+    if requested and server.takes_ranges:
+      self.send_response(206)
+      self.send_header('Content-Range',
+                       f'bytes {start}-{len(server.content) - 1}/{len(server.content)}')
+    else:
+      self.send_response(200)
+    if server.sends_length:
+      self.send_header('Content-Length', str(len(server.content) - start))
     self.end_headers()
     end = len(server.content) if server.cut_after is None else start + server.cut_after
     server.cut_after = None
+    if server.stall_after is not None:
+      self.wfile.write(server.content[start:server.stall_after])
+      server.go_on.wait(30)
+      return
     self.wfile.write(server.content[start:end])
+    server.sent += end - start
 
   def log_message(self, *args):
     pass
@@ -128,18 +154,60 @@ class DownloadTest(tf.test.TestCase):
     self.write_part(self.server.content[:1000])
     self.download()
     self.assertEqual(self.server.requests, ['bytes=1000-'])
+    self.assertEqual(self.server.sent, len(self.server.content) - 1000)
+    self.check_dataset()
+
+  def test_killed_and_run_again(self):
+    self.server.stall_after = 2000
+    process = subprocess.Popen(
+        [sys.executable, 'download_flowers.py', '--dataset_dir', self.dataset_dir,
+         '--url', self.url, '--sha256', hashlib.sha256(self.server.content).hexdigest()],
+        cwd=PROJECT, stderr=subprocess.DEVNULL)
+    part = os.path.join(self.dataset_dir, 'flower_photos.tgz.part')
+    # What is killed in Python's buffer is lost, so that the size on the disk is not asserted.
+    deadline = time.monotonic() + 60
+    while not os.path.exists(part) and time.monotonic() < deadline:
+      time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    self.assertEqual(os.listdir(self.dataset_dir), ['flower_photos.tgz.part'])
+    self.server.stall_after = None
+    self.server.go_on.set()
+    # A kill while unpacking leaves this.
+    os.makedirs(os.path.join(self.dataset_dir, 'flower_photos.tmp', 'flower_photos', 'daisy'))
+    self.download()
     self.check_dataset()
 
   def test_a_part_that_is_complete(self):
     self.write_part(self.server.content)
     self.download()
-    self.assertLen(self.server.requests, 1)
+    self.assertEqual(self.server.requests, [f'bytes={len(self.server.content)}-'])
     self.check_dataset()
+
+  def test_a_part_of_another_file(self):
+    for stale in (b'x' * 1000, b'x' * 2 * len(self.server.content)):
+      shutil.rmtree(self.dataset_dir, ignore_errors=True)
+      self.write_part(stale)
+      self.server.requests.clear()
+      self.download()
+      self.assertEqual(self.server.requests, [f'bytes={len(stale)}-', None])
+      self.check_dataset()
+
+  def test_a_server_that_sends_another_part(self):
+    self.write_part(self.server.content[:1000])
+    self.server.first_byte = 500
+    with self.assertRaisesRegex(download_flowers.DownloadError,
+                                'what follows byte 1000, it sends bytes 500-'):
+      self.download()
+    self.assertEqual(os.listdir(self.dataset_dir), ['flower_photos.tgz.part'])
 
   def test_a_server_that_knows_no_ranges(self):
     self.server.takes_ranges = False
+    self.server.sends_length = False
     self.write_part(self.server.content[:1000])
     self.download()
+    self.assertEqual(self.server.requests, ['bytes=1000-'])
+    self.assertEqual(self.server.sent, len(self.server.content))
     self.check_dataset()
 
   def test_a_connection_that_is_cut(self):
@@ -149,15 +217,90 @@ class DownloadTest(tf.test.TestCase):
     self.check_dataset()
 
   def test_another_checksum(self):
-    with self.assertRaisesRegex(download_flowers.DownloadError, f'not {"0" * 64}: it was removed'):
+    found = hashlib.sha256(self.server.content).hexdigest()
+    with self.assertRaisesRegex(download_flowers.DownloadError,
+                                f'{found}, not {"0" * 64}: they were removed'):
       self.download(sha256='0' * 64)
     self.assertEmpty(os.listdir(self.dataset_dir))
+    with self.assertRaises(SystemExit):
+      self.download(sha256='none')
+
+  def test_a_checksum_in_capitals(self):
+    self.download(sha256=hashlib.sha256(self.server.content).hexdigest().upper())
+    self.check_dataset()
+
+  def test_another_size(self):
+    begun = self.server.content[:1000]
+    self.write_part(begun)
+    self.server.takes_ranges = False
+    # The default checksum is that of an archive of known size.
+    with self.assertRaisesRegex(
+        download_flowers.DownloadError,
+        f'the file there has {len(self.server.content)} bytes, not 228813984'):
+      self.download(sha256=download_flowers.SHA256)
+    self.assertLen(self.server.requests, 1)
+    with open(os.path.join(self.dataset_dir, 'flower_photos.tgz.part'), 'rb') as f:
+      self.assertEqual(f.read(), begun)
+
+  def test_a_file_without_end(self):
+    self.server.sends_length = False
+    with mock.patch.object(download_flowers, 'MAX_BYTES', 1000):
+      with self.assertRaisesRegex(download_flowers.DownloadError, 'more than 1000 bytes'):
+        self.download()
+
+  def test_no_room(self):
+    full = OSError(errno.ENOSPC, 'No space left on device')
+    with mock.patch.object(download_flowers, 'open', create=True, side_effect=full):
+      with self.assertRaisesRegex(download_flowers.DownloadError,
+                                  r'Cannot write .*\.part \(No space left on device\): make room'):
+        self.download()
+    self.assertLen(self.server.requests, 1)
+    with mock.patch.object(tarfile.TarFile, 'extract', side_effect=full):
+      with self.assertRaisesRegex(download_flowers.DownloadError,
+                                  r'Cannot unpack .* \(No space left on device\)'):
+        self.download()
+    self.assertEqual(os.listdir(self.dataset_dir), ['flower_photos.tgz'])
+    full = tf.errors.ResourceExhaustedError(None, None, 'No space left on device')
+    with mock.patch.object(tf.python_io.TFRecordWriter, 'write', side_effect=full):
+      with self.assertRaisesRegex(download_flowers.DownloadError, 'Cannot write the TFRecords'):
+        self.download()
+
+  def test_a_folder_that_cannot_be_made(self):
+    with open(self.dataset_dir, 'w'):
+      pass
+    with self.assertRaisesRegex(download_flowers.DownloadError, 'Cannot make the folder'):
+      self.download()
 
   def test_a_server_that_refuses(self):
-    self.server.status = 404
+    self.server.status = 404  # for good: asked once
     with self.assertRaisesRegex(download_flowers.DownloadError, 'HTTP Error 404.*--url'):
       self.download()
-    self.assertLen(self.server.requests, download_flowers.ATTEMPTS)
+    self.assertLen(self.server.requests, 1)
+
+  def test_a_server_that_is_busy(self):
+    for status in (429, 503):
+      self.server.status = status
+      self.server.requests.clear()
+      with self.assertRaisesRegex(download_flowers.DownloadError, f'HTTP Error {status}'):
+        self.download()
+      self.assertLen(self.server.requests, download_flowers.ATTEMPTS)
+
+  def test_the_second_url_when_the_first_refuses(self):
+    missing = f'file://{self.dir}/none.tgz'
+    path = os.path.join(self.dir, 'archive.tgz')
+    download_flowers.fetch([missing, self.url], path,
+                           hashlib.sha256(self.server.content).hexdigest())
+    self.assertEqual(self.server.requests, [None])
+    with open(path, 'rb') as f:
+      self.assertEqual(f.read(), self.server.content)
+
+  def test_answers_that_are_not_http(self):
+    for answer, message in ((b'garbage\r\n\r\n', 'garbage'),
+                            (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\nabc',
+                             'the connection broke')):
+      with mock.patch.object(Handler, 'do_GET', lambda self, raw=answer: self.wfile.write(raw)):
+        with self.assertRaisesRegex(download_flowers.DownloadError, message):
+          self.download()
 
   def test_no_server(self):
     self.server.shutdown()
@@ -178,6 +321,21 @@ class DownloadTest(tf.test.TestCase):
       self.download(url=f'file://{self.dir}/none.tgz')
     with self.assertRaisesRegex(download_flowers.DownloadError, 'none: unknown url type'):
       self.download(url='none')
+    with self.assertRaisesRegex(download_flowers.DownloadError, 'control characters'):
+      self.download(url='http://127.0.0.1/a b')
+
+  def test_script_fails_without_a_traceback(self):
+    result = subprocess.run(
+        [sys.executable, 'download_flowers.py', '--dataset_dir', self.dataset_dir,
+         '--url', f'file://{self.dir}/none.tgz'], cwd=PROJECT, capture_output=True, text=True)
+    self.assertEqual(result.returncode, 1)
+    self.assertRegex(result.stderr, 'download_flowers.py: Cannot download .*No such file')
+    self.assertNotIn('Traceback', result.stderr)
+
+  def test_the_usual_split_is_the_default(self):
+    args = download_flowers.parse_args(['--dataset_dir', 'unused'])
+    class_sizes = [633, 898, 641, 699, 799]  # of the 3,670 photographs
+    self.assertEqual(sum(round(args.validation_fraction * size) for size in class_sizes), 350)
 
   def assertHostile(self, message, **attributes):
     member = tarfile.TarInfo('flower_photos/evil')
@@ -204,6 +362,11 @@ class DownloadTest(tf.test.TestCase):
     with mock.patch.object(download_flowers, 'MAX_BYTES', 100_000):
       self.assertHostile('more than .* 100000 bytes', size=200_000)
     self.assertHostile('should hold one folder', name='elsewhere/evil')
+    for name in ('flower_photos/daisy/0.jpg', 'flower_photos/./daisy//0.jpg'):
+      self.assertHostile('twice', name=name)
+    self.assertHostile('Cannot unpack', name='flower_photos/LICENSE.txt/evil')
+    self.assertHostile('embedded null', pax_headers={'path': 'flower_photos/a\0b'})
+    self.assertHostile('timestamp out of range', pax_headers={'mtime': '1e400'})
 
   def test_no_archive(self):
     for content in (b'<html>no archive</html>', self.server.content[:3000]):
