@@ -22,6 +22,7 @@ import tf_slim as slim
 import checkpoints
 import evaluation
 import evaluation_hook
+import fast_gradients
 import fine_tuning
 import flowers
 import log_folder
@@ -116,7 +117,8 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
     A TrainStep.
   """
   def tower(*tower_batch):
-    cross_entropy, accuracy = loss_fn(*tower_batch)
+    with fast_gradients.override():
+      cross_entropy, accuracy = loss_fn(*tower_batch)
     variables = fine_tuning.trainable_variables(trainable_scopes)
     return cross_entropy, accuracy, optimizer.compute_gradients(cross_entropy, variables)
 

@@ -1,0 +1,47 @@
+"""Gradients of 1 x 1 convolutions as matrix products, which CPUs compute faster.
+
+  with fast_gradients.override():
+    logits, _ = xception.xception(images, ...)
+
+The network stays as slim defines it; only what TensorFlow's registered gradient
+of `Conv2D` would do is done in another way, with the same numbers to rounding.
+"""
+
+import tensorflow.compat.v1 as tf
+from tensorflow.python.framework import ops
+
+GRADIENT_NAME = 'Conv2DGradientByMatMul'
+
+
+def override():
+  """Returns a context: convolutions that are built in it have these gradients."""
+  return tf.get_default_graph().gradient_override_map({'Conv2D': GRADIENT_NAME})
+
+
+@tf.RegisterGradient(GRADIENT_NAME)
+def _conv2d_gradient(op, gradient):
+  """Returns the gradients of a Conv2D with respect to its images and its kernel."""
+  images, kernel = op.inputs
+  stride = op.get_attr('strides')[1]
+  is_pointwise = kernel.shape[:2] == [1, 1] and op.get_attr('data_format') == b'NHWC'
+  if not is_pointwise or 'GPU' in op.device.upper():  # cuDNN needs no help
+    return ops.gradient_registry.lookup('Conv2D')(op, gradient)
+
+  # A 1 x 1 kernel with a stride sees the first pixel of each stride x stride square.
+  seen = images if stride == 1 else images[:, ::stride, ::stride]
+  channels_in, channels_out = kernel.shape.as_list()[2:]
+  rows = tf.reshape(gradient, [-1, channels_out])
+  kernel_gradient = tf.matmul(tf.reshape(seen, [-1, channels_in]), rows, transpose_a=True)
+  seen_gradient = tf.matmul(rows, tf.reshape(kernel, [channels_in, channels_out]),
+                            transpose_b=True)
+  seen_gradient = tf.reshape(seen_gradient, tf.shape(seen))
+  if stride > 1:
+    seen_gradient = _spread(seen_gradient, stride, tf.shape(images))
+  return seen_gradient, tf.reshape(kernel_gradient, kernel.shape)
+
+
+def _spread(pixels, stride, shape):
+  """Returns zeros of `shape` with the pixels at each first one of a stride x stride square."""
+  # A strided slice's own gradient is this.
+  return tf.raw_ops.StridedSliceGrad(
+      shape=shape, begin=[0, 0, 0, 0], end=shape, strides=[1, stride, stride, 1], dy=pixels)
