@@ -77,13 +77,39 @@ def next_image(checkpoint):
   return int(tf.train.load_checkpoint(checkpoint).get_tensor(NEXT_IMAGE))
 
 
+def stored_names(checkpoint, names, use_averages='auto'):
+  """Returns the names by which a checkpoint knows the variables of a network.
+
+  Args:
+    checkpoint: path of the checkpoint.
+    names: names of the network's variables.
+    use_averages: 'auto' takes the Polyak averages of the weights if the
+      checkpoint has them, else the weights; 'yes' and 'no' insist on one.
+
+  Returns:
+    dict from each name to the name in the checkpoint, and whether these are
+    the averages.
+
+  Raises:
+    CheckpointError: 'yes', and the checkpoint has no averages.
+  """
+  stored = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
+  # As tf.train.ExponentialMovingAverage calls them.
+  averages = {name: f'{name}/ExponentialMovingAverage' for name in names}
+  has_averages = all(average in stored for average in averages.values())
+  if use_averages == 'yes' and not has_averages:
+    raise CheckpointError(f'{checkpoint} has no averages of the weights: train with '
+                          '--moving_average_decay, or evaluate the weights themselves')
+  if use_averages == 'no' or not has_averages:
+    return {name: name for name in names}, False
+  return averages, True
+
+
 def inference_saver(checkpoint, use_averages='auto'):
   """Returns what restores the default graph's network from a checkpoint.
 
   Args:
-    checkpoint: path of the checkpoint.
-    use_averages: 'auto' restores the Polyak averages of the weights if the
-      checkpoint has them, else the weights; 'yes' and 'no' insist on one.
+    checkpoint, use_averages: see `stored_names`.
 
   Returns:
     A tf.train.Saver, and whether it restores averages.
@@ -91,17 +117,10 @@ def inference_saver(checkpoint, use_averages='auto'):
   Raises:
     CheckpointError: 'yes', and the checkpoint has no averages.
   """
-  stored = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
-  averages = tf.train.ExponentialMovingAverage(0.0)  # for the names alone
-  variables = {averages.average_name(variable): variable
-               for variable in slim.get_model_variables()}
-  has_averages = all(name in stored for name in variables)
-  if use_averages == 'yes' and not has_averages:
-    raise CheckpointError(f'{checkpoint} has no averages of the weights: train with '
-                          '--moving_average_decay, or evaluate the weights themselves')
-  if use_averages == 'no' or not has_averages:
-    return tf.train.Saver(slim.get_model_variables()), False
-  return tf.train.Saver(variables), True
+  variables = {variable.op.name: variable for variable in slim.get_model_variables()}
+  names, are_averages = stored_names(checkpoint, variables, use_averages)
+  saver = tf.train.Saver({names[name]: variable for name, variable in variables.items()})
+  return saver, are_averages
 
 
 def check_same_variables(checkpoint):

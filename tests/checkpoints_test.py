@@ -108,5 +108,13 @@ class SameVariablesTest(CheckpointsTestCase):
         checkpoints.check_same_variables(checkpoint)
 
 
+class NextImageTest(CheckpointsTestCase):
+
+  def test_a_checkpoint_that_training_did_not_write(self):
+    with self.assertRaisesRegex(checkpoints.CheckpointError,
+                                'was not written by train_flowers.py, which cannot resume'):
+      checkpoints.next_image(self.save(1))
+
+
 if __name__ == '__main__':
   tf.test.main()
