@@ -73,8 +73,16 @@ def global_step(checkpoint):
 
 
 def next_image(checkpoint):
-  """Returns how many images training had passed when the checkpoint was written."""
-  return int(tf.train.load_checkpoint(checkpoint).get_tensor(NEXT_IMAGE))
+  """Returns how many images training had passed when the checkpoint was written.
+
+  Raises:
+    CheckpointError: training did not write it.
+  """
+  reader = tf.train.load_checkpoint(checkpoint)
+  if not reader.has_tensor(NEXT_IMAGE):
+    raise CheckpointError(f'{checkpoint} was not written by train_flowers.py, which cannot '
+                          'resume from it: choose another --log_dir')
+  return int(reader.get_tensor(NEXT_IMAGE))
 
 
 def stored_names(checkpoint, names, use_averages='auto'):
