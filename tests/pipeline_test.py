@@ -11,7 +11,6 @@ import sys
 import tempfile
 import textwrap
 import time
-from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -19,7 +18,7 @@ import tensorflow.compat.v1 as tf
 
 import checkpoints
 import flowers
-import write_pb
+import frozen_models
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DATASET_DIR = os.path.join(PROJECT, 'dataset')
@@ -173,29 +172,8 @@ class PipelineTest(ScriptTestCase):
     self.assertRegex(last_line(output), r'^Wrote .*frozen_model_xception.pb \(\d+\.\d MB\)$')
     self.assertEqual(flowers.read_labels(self.dir), flowers.read_labels(DATASET_DIR))
     self.assertCountEqual(os.listdir(self.dir),
-                          ['log_eval', 'frozen_model_xception.pb', 'labels.txt'])
+                          ['log_eval', 'frozen_model_xception.pb', 'labels.txt', 'model.json'])
     self.check_frozen_graph(pb, metrics)
-
-  def test_freezing_replaces_nothing_by_something_wrong(self):
-    pb = os.path.join(self.dir, 'old.pb')
-    labels = os.path.join(self.dir, 'labels.txt')
-    args = write_pb.parse_args(['--log_dir', self.trained_dir, '--output_file', pb])
-    with open(pb, 'w') as f:
-      f.write('old')
-    with mock.patch.object(write_pb, 'run_frozen', return_value=np.full([4, 5], 0.2)):
-      with self.assertRaisesRegex(write_pb.FreezeError, 'does not compute what the checkpoint'):
-        write_pb.main(args)
-    with open(labels, 'w') as f:
-      f.write('0:cat\n1:dog\n')
-    with self.assertRaisesRegex(write_pb.FreezeError, 'names other classes than the checkpoint'):
-      write_pb.main(args)
-    with open(pb) as f, open(labels) as g:
-      self.assertEqual((f.read(), g.read()), ('old', '0:cat\n1:dog\n'))
-    self.assertCountEqual(os.listdir(self.dir), ['old.pb', 'labels.txt'])
-
-    args = write_pb.parse_args(['--log_dir', self.trained_dir, '--output_file', 'none/x.pb'])
-    with self.assertRaisesRegex(write_pb.FreezeError, 'none/x.pb: there is no folder none'):
-      write_pb.main(args)
 
   def check_eval_events(self, log_eval, metrics):
     values = {}
@@ -226,7 +204,7 @@ class PipelineTest(ScriptTestCase):
     with tf.Graph().as_default(), tf.Session() as session:
       images, labels = session.run(flowers.load_batch(
           flowers.get_split('validation', DATASET_DIR), 100, 71, 71, is_training=False))
-    probabilities = write_pb.run_frozen(pb, images)
+    probabilities = frozen_models.load(pb).predict(images)
     self.assertAllClose(probabilities.sum(1), np.ones(100))
     self.assertEqual((probabilities.argmax(1) == labels).sum(), metrics['num_correct'])
     self.assertAllClose(-np.log(probabilities[range(100), labels]).mean(), metrics['loss'],

@@ -1,0 +1,146 @@
+"""Tests of loading models: what they tell of themselves, and what is wrong with those that fail."""
+
+import json
+import os
+import shutil
+import tempfile
+from unittest import mock
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+import batch_norm_folding
+import checkpoints
+import flowers
+import frozen_models
+import graph_formats
+import small_model
+import write_pb
+import xception_preprocessing
+
+
+def setUpModule():
+  tf.disable_v2_behavior()
+  tf.enable_resource_variables()
+
+
+class FrozenModelsTest(tf.test.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.dir = tempfile.mkdtemp()
+    cls.addClassCleanup(shutil.rmtree, cls.dir)
+    checkpoint = small_model.write_checkpoint(cls.dir)
+    graph_def, predict, _ = write_pb.freeze(checkpoint, checkpoints.load_config(checkpoint))
+    cls.predict = staticmethod(predict)
+    cls.paths = write_pb.write_drafts(
+        batch_norm_folding.fold(graph_def, 'output'), small_model.CLASS_NAMES,
+        {name: 'model' + graph_formats.FORMATS[name].suffix
+         for name in ('pb', 'saved_model', 'tflite', 'jpeg_pb')}, cls.dir)
+
+  def test_any_number_of_images(self):
+    images = small_model.validation_images()[0][:5]
+    expected = self.predict(images)
+    for name in ('pb', 'saved_model', 'tflite'):
+      model = frozen_models.load(self.paths[name])
+      self.assertEqual((model.image_size, model.class_names), (71, small_model.CLASS_NAMES))
+      for count in (5, 1, 3):
+        self.assertAllClose(model.predict(images[:count]), expected[:count], rtol=0, atol=1e-5)
+      with self.assertRaisesRegex(ValueError, 'got an empty batch'):
+        model.predict(images[:0])
+
+  def test_encoded_images(self):
+    dataset = flowers.get_split('validation', small_model.DATASET_DIR)
+    encoded = [tf.train.Example.FromString(dataset.records[i]).features.feature[
+        'image/encoded'].bytes_list.value[0] for i in range(3)]
+    model = frozen_models.load(self.paths['jpeg_pb'])
+    self.assertIsNone(model.image_size)
+    preprocess = frozen_models.Preprocessor(71)
+    images = np.stack([preprocess(content) for content in encoded])
+    self.assertAllEqual(images, small_model.validation_images()[0][:3])  # bit by bit
+    self.assertAllClose(model.predict(encoded), self.predict(images), rtol=0, atol=1e-5)
+
+  def test_bfloat16(self):
+    images = small_model.validation_images()[0][:8]
+    for name in ('pb', 'saved_model'):
+      probabilities = frozen_models.load(self.paths[name], 'bfloat16').predict(images)
+      self.assertAllClose(probabilities, self.predict(images), rtol=0,
+                          atol=graph_formats.BFLOAT16_BOUND)
+    with self.assertRaisesRegex(frozen_models.ModelError, 'only .pb and SavedModel compute in bf'):
+      frozen_models.load(self.paths['tflite'], 'bfloat16')
+
+  def test_damaged_and_missing_models(self):
+    with self.assertRaisesRegex(frozen_models.ModelError, 'no model none.pb: write_pb.py writes'):
+      frozen_models.load('none.pb')
+    empty = os.path.join(self.dir, 'empty')
+    os.makedirs(empty, exist_ok=True)
+    with self.assertRaisesRegex(frozen_models.ModelError, 'empty is no SavedModel'):
+      frozen_models.load(empty)
+    for suffix, message in [('.pb', 'no frozen graph of write_pb'), ('.tflite', 'no TFLite model')]:
+      with open(self.paths['pb' if suffix == '.pb' else 'tflite'], 'rb') as f:
+        content = f.read()
+      for damaged in (b'', b'not a model', content[:5]):
+        path = os.path.join(self.dir, 'damaged' + suffix)
+        with open(path, 'wb') as f:
+          f.write(damaged)
+        with self.assertRaisesRegex(frozen_models.ModelError, message):
+          frozen_models.load(path)
+
+  def test_sums(self):
+    with tempfile.TemporaryDirectory() as folder:
+      path = shutil.copy(self.paths['tflite'], folder)
+      shutil.copy(os.path.join(self.dir, 'labels.txt'), folder)
+      with open(os.path.join(folder, 'model.json'), 'w') as f:
+        json.dump({'files': [{'file': 'model.tflite', 'sha256': frozen_models.sha256(path)}]}, f)
+      self.assertEqual(frozen_models.load(path).image_size, 71)
+      os.truncate(path, os.path.getsize(path) // 2)
+      with self.assertRaisesRegex(frozen_models.ModelError, 'model.tflite is damaged, or not the'):
+        frozen_models.load(path)
+      with open(os.path.join(folder, 'model.json'), 'w') as f:
+        f.write('{}')
+      with self.assertRaisesRegex(frozen_models.ModelError, 'model.json beside .* cannot be read'):
+        frozen_models.load(path)
+
+  def test_a_graph_of_something_else(self):
+    with tf.Graph().as_default() as graph:
+      tf.identity(tf.placeholder(tf.float32, [None, 2], name='x'), name='output')
+    path = os.path.join(self.dir, 'other.pb')
+    with open(path, 'wb') as f:
+      f.write(graph.as_graph_def().SerializeToString())
+    with self.assertRaisesRegex(frozen_models.ModelError, "refers to .*input"):
+      frozen_models.load(path)
+
+  def test_labels(self):
+    with tempfile.TemporaryDirectory() as folder:
+      path = shutil.copy(self.paths['pb'], folder)
+      with self.assertRaisesRegex(frozen_models.ModelError, 'needs the labels.txt .* beside it'):
+        frozen_models.load(path)
+      with open(os.path.join(folder, 'labels.txt'), 'w') as f:
+        f.write('0:cat\n1:dog\n')
+      with self.assertRaisesRegex(frozen_models.ModelError, 'names 2 classes, but .* has 5'):
+        frozen_models.load(path)
+
+  def test_a_missing_runtime(self):
+    path = os.path.join(self.dir, 'model.onnx')
+    with open(path, 'w') as f:
+      f.write('')
+    with mock.patch.dict('sys.modules', {'onnxruntime': None}):
+      with self.assertRaisesRegex(frozen_models.ModelError, 'pip install onnxruntime'):
+        frozen_models.load(path)
+    with mock.patch.dict('sys.modules', {'ai_edge_litert.interpreter': None}):
+      with mock.patch.object(tf, 'lite', None):
+        with self.assertRaisesRegex(frozen_models.ModelError, 'pip install ai-edge-litert'):
+          frozen_models.load(self.paths['tflite'])
+
+  def test_preprocessing_is_that_of_evaluation(self):
+    image = np.random.default_rng(0).integers(0, 256, [83, 120, 3], np.uint8)
+    with tf.Graph().as_default(), tf.Session() as session:
+      encoded = session.run(tf.image.encode_png(image))
+      expected = session.run(xception_preprocessing.preprocess_image(
+          tf.constant(image), 71, 71, is_training=False))
+    self.assertAllEqual(frozen_models.Preprocessor(71)(encoded), expected)
+
+
+if __name__ == '__main__':
+  tf.test.main()

@@ -1,0 +1,222 @@
+"""Tests of freezing: what is written, what it is compared with, and what is refused."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+from unittest import mock
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+import batch_norm_folding
+import checkpoints
+import flowers
+import frozen_comparison
+import frozen_models
+import graph_formats
+import small_model
+import write_pb
+
+ROW = re.compile(r'^(\w+) +([\d,]+) +(\S+) +(\S+)% +(\S+)$', re.MULTILINE)
+# Formats that TensorFlow alone writes and runs.
+FORMATS = 'pb,saved_model,tflite,tflite_float16,tflite_int8,jpeg_pb'
+FILES = {'model.pb', 'model_saved_model', 'model.tflite', 'model_float16.tflite',
+         'model_int8.tflite', 'model_jpeg.pb'}
+
+
+def setUpModule():
+  tf.disable_v2_behavior()
+  tf.enable_resource_variables()
+
+
+def read_graph(path):
+  with open(path, 'rb') as f:
+    return tf.GraphDef.FromString(f.read())
+
+
+class WritePbTest(tf.test.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.log_dir = tempfile.mkdtemp()
+    cls.addClassCleanup(shutil.rmtree, cls.log_dir)
+    cls.checkpoint = small_model.write_checkpoint(cls.log_dir)
+
+  def setUp(self):
+    super().setUp()
+    self.dir = tempfile.mkdtemp()
+    self.addCleanup(shutil.rmtree, self.dir)
+    self.pb = os.path.join(self.dir, 'model.pb')
+
+  def write(self, *options, log_dir=None):
+    """Runs the script's main; returns what it printed."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+      write_pb.main(write_pb.parse_args([
+          '--log_dir', log_dir or self.log_dir, '--output_file', self.pb,
+          '--dataset_dir', small_model.DATASET_DIR, *options]))
+    return output.getvalue()
+
+  def model_file(self):
+    with open(os.path.join(self.dir, 'model.json'), encoding='utf-8') as f:
+      return json.load(f)
+
+  def test_every_format(self):
+    output = self.write('--formats', FORMATS)
+    self.assertCountEqual(os.listdir(self.dir), [*FILES, 'labels.txt', 'model.json'])
+    self.assertEqual(flowers.read_labels(self.dir), small_model.CLASS_NAMES)
+    self.assertIn(f'100 validation images of {small_model.DATASET_DIR}', output)
+    rows = {name: (int(size.replace(',', '')), float(difference), float(agreement))
+            for name, size, difference, agreement, _ in ROW.findall(output)}
+    self.assertEqual(list(rows), FORMATS.split(','))
+    for name, (size, difference, agreement) in rows.items():
+      self.assertLessEqual(difference, graph_formats.FORMATS[name].bound)
+      self.assertGreaterEqual(agreement, 99)
+      self.assertGreater(size, 100_000)
+    self.assertLess(rows['pb'][1], 1e-5)
+    self.assertGreater(rows['tflite_int8'][1], 1e-4)  # it is not the float model again
+    self.assertLess(rows['tflite_float16'][0], 0.6 * rows['tflite'][0])
+    self.assertLess(rows['tflite_int8'][0], 0.4 * rows['tflite'][0])
+    self.check_model_file(rows)
+
+  def check_model_file(self, rows):
+    model = self.model_file()
+    self.assertEqual((model['image_size'], model['class_names'], model['global_step']),
+                     (71, small_model.CLASS_NAMES, small_model.GLOBAL_STEP))
+    self.assertEqual((model['averaged_weights'], model['folded'], model['metrics']),
+                     (False, True, None))
+    self.assertEqual(model['versions']['tensorflow'], tf.__version__)
+    self.assertEqual({file['format'] for file in model['files']}, set(rows))
+    for file in model['files']:
+      with open(os.path.join(self.dir, file['file']), 'rb') as f:
+        content = f.read()
+      self.assertEqual((len(content), hashlib.sha256(content).hexdigest()),
+                       (file['bytes'], file['sha256']))
+
+  def test_both_signatures_of_the_saved_model(self):
+    self.write('--noverify', '--formats', 'pb,saved_model')
+    images = frozen_comparison.find_images(small_model.DATASET_DIR, 'flowers', 71)
+    expected = frozen_models.load(self.pb).predict(images.preprocessed)
+    with tf.Graph().as_default(), tf.Session() as session:
+      signatures = tf.saved_model.load(
+          session, ['serve'], os.path.join(self.dir, 'model_saved_model')).signature_def
+      for name, key, batch in [('serving_default', 'images', images.preprocessed),
+                               ('encoded', 'encoded', images.encoded)]:
+        probabilities = session.run(signatures[name].outputs['probabilities'].name,
+                                    {signatures[name].inputs[key].name: batch})
+        self.assertAllClose(probabilities, expected, rtol=0, atol=1e-5)
+
+  def test_folded_or_not(self):
+    self.write('--noverify')
+    self.assertEqual(batch_norm_folding.num_norms(read_graph(self.pb)), 0)
+    self.write('--nofold')
+    self.assertEqual(batch_norm_folding.num_norms(read_graph(self.pb)), 40)
+    self.assertFalse(self.model_file()['folded'])
+
+  def test_bfloat16(self):
+    self.write('--noverify')
+    size = os.path.getsize(self.pb)
+    output = self.write('--precision', 'bfloat16', '--formats', 'pb,saved_model,jpeg_pb')
+    self.assertLess(os.path.getsize(self.pb), 0.6 * size)
+    types = {node.name: node.attr['T'].type for node in read_graph(self.pb).node}
+    self.assertEqual(types['Xception/block5_dws_conv1/separable_conv2d'],
+                     tf.bfloat16.as_datatype_enum)
+    self.assertEqual(types['Xception/Logits/Conv2D'], tf.float32.as_datatype_enum)
+    for _, _, difference, _, _ in ROW.findall(output):
+      self.assertBetween(float(difference), 1e-5, graph_formats.BFLOAT16_BOUND)
+    for options, message in [(['--formats', 'pb,tflite,onnx'], '--formats tflite,onnx'),
+                             (['--nofold'], '--nofold')]:
+      with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as errors:
+        write_pb.parse_args(['--precision', 'bfloat16', *options])
+      self.assertIn(f'--precision bfloat16 does not go with {message}', errors.getvalue())
+
+  def test_averages(self):
+    with tempfile.TemporaryDirectory() as log_dir:
+      small_model.write_checkpoint(log_dir, with_averages=True)
+      self.assertIn('averaged weights', self.write('--noverify', log_dir=log_dir))
+      images, labels = small_model.validation_images()
+      probabilities = frozen_models.load(self.pb).predict(images)
+      self.assertAllEqual(probabilities.argmax(1), labels)
+      self.assertTrue(self.model_file()['averaged_weights'])
+      self.assertNotIn('averaged weights', self.write('--noverify', '--use_averages', 'no',
+                                                      log_dir=log_dir))
+      probabilities = frozen_models.load(self.pb).predict(images)
+      self.assertLess((probabilities.argmax(1) == labels).mean(), 0.5)
+    with self.assertRaisesRegex(checkpoints.CheckpointError, 'has no averages'):
+      self.write('--use_averages', 'yes')
+
+  def test_metrics_of_the_same_checkpoint(self):
+    os.mkdir(os.path.join(self.log_dir, 'eval'))
+    self.addCleanup(shutil.rmtree, os.path.join(self.log_dir, 'eval'))
+    for checkpoint, is_same in [(self.checkpoint, True), (self.checkpoint + '0', False)]:
+      metrics = {'accuracy': 0.5, 'checkpoint': checkpoint}
+      with open(os.path.join(self.log_dir, 'eval', 'metrics.json'), 'w') as f:
+        json.dump(metrics, f)
+      self.write('--noverify')
+      self.assertEqual(self.model_file()['metrics'], metrics if is_same else None)
+
+  def test_without_a_dataset(self):
+    folder = os.getcwd()
+    os.chdir(self.dir)
+    self.addCleanup(os.chdir, folder)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+      write_pb.main(write_pb.parse_args(['--log_dir', self.log_dir]))
+    self.assertIn('100 random images, because there is no dataset in dataset', output.getvalue())
+    with self.assertRaisesRegex(flowers.DatasetError, 'Cannot read none/labels.txt'):
+      self.write('--dataset_dir', 'none')
+
+  def test_what_is_too_far_off_is_not_written(self):
+    for name in ('model.pb', 'labels.txt'):
+      with open(os.path.join(self.dir, name), 'w') as f:
+        f.write('0:daisy\n1:dandelion\n2:roses\n3:sunflowers\n4:tulips\n')
+    before = sorted(os.listdir(self.dir))
+    real = graph_formats.FORMATS['tflite_float16']
+    for bound, predict in [(1e-6, None), (1.0, lambda batch: np.eye(5)[[4] * len(batch)]),
+                           (1.0, lambda batch: np.full([len(batch), 5], np.nan))]:
+      with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(graph_formats.FORMATS, {
+            'tflite_float16': real._replace(bound=bound)}))
+        if predict:
+          stack.enter_context(mock.patch.object(frozen_models, 'load', return_value=(
+              frozen_models.FrozenModel(small_model.CLASS_NAMES, 71, predict))))
+        with self.assertRaisesRegex(write_pb.FreezeError, 'Nothing was written, .*tflite_float16'):
+          self.write('--formats', 'tflite_float16')
+      self.assertEqual(sorted(os.listdir(self.dir)), before)
+      with open(self.pb) as f:
+        self.assertStartsWith(f.read(), '0:daisy')
+
+  def test_a_saved_model_is_replaced_and_nothing_else(self):
+    self.write('--noverify', '--formats', 'saved_model')
+    folder = os.path.join(self.dir, 'model_saved_model')
+    with open(os.path.join(folder, 'old'), 'w') as f:
+      f.write('old')
+    self.write('--noverify', '--formats', 'saved_model')
+    self.assertCountEqual(os.listdir(folder), ['saved_model.pb', 'variables'])
+    os.remove(os.path.join(folder, 'saved_model.pb'))
+    with self.assertRaisesRegex(write_pb.FreezeError, 'exists and is no SavedModel'):
+      self.write('--noverify', '--formats', 'saved_model')
+
+  def test_mistakes(self):
+    with open(os.path.join(self.dir, 'labels.txt'), 'w') as f:
+      f.write('0:cat\n1:dog\n')
+    with self.assertRaisesRegex(write_pb.FreezeError, 'names other classes than the checkpoint'):
+      self.write()
+    self.assertCountEqual(os.listdir(self.dir), ['labels.txt'])
+    with self.assertRaisesRegex(write_pb.FreezeError, 'none/x.pb: there is no folder none'):
+      self.write('--output_file', 'none/x.pb')
+    with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as errors:
+      self.write('--formats', 'pb,caffe')
+    self.assertIn('must be of pb,saved_model,', errors.getvalue())
+    with mock.patch.dict('sys.modules', {'tf2onnx': None}):
+      with self.assertRaisesRegex(graph_formats.FormatError, 'pip install tf2onnx onnxruntime'):
+        self.write('--formats', 'onnx')
+
+
+if __name__ == '__main__':
+  tf.test.main()
