@@ -10,7 +10,7 @@ TRAIN_FLAGS ?= --image_size 128 --depth_multiplier 0.5
 
 RUN = .venv/bin/python
 
-.PHONY: train eval freeze tensorboard test clean
+.PHONY: train eval freeze tensorboard test test-clients test-hostile bench-frozen clean
 
 train: .venv/installed
 	$(RUN) train_flowers.py --dataset_dir $(DATASET_DIR) --log_dir $(LOG_DIR) $(TRAIN_FLAGS)
@@ -27,11 +27,30 @@ tensorboard: .venv/installed
 test: .venv/installed
 	$(RUN) -m pytest -q xception_test.py tests
 
-# Removes the environment only: never logs or data.
+# A frozen model in every program that README shows; they are installed beside .venv.
+test-clients: .venv-clients/installed
+	.venv-clients/bin/python -m pytest -q -rs tests/clients_test.py tests/write_pb_test.py
+	PYTHONPATH=.venv-clients/opencv5 .venv-clients/bin/python -m pytest -q tests/clients_test.py -k opencv
+
+# 10,000 damaged images, with the frozen model of make freeze.
+test-hostile: .venv/installed
+	$(RUN) tests/hostile_images.py --graph frozen_model_xception.pb
+
+# Folded float32 and bfloat16 beside the unfolded graph, at 299 x 299.
+bench-frozen: .venv/installed
+	$(RUN) tests/frozen_speed.py
+
+# Removes the environments only: never logs or data.
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-clients
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install -r requirements.txt
+	touch $@
+
+.venv-clients/installed: requirements.txt requirements-clients.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install -r requirements.txt -r requirements-clients.txt
+	.venv-clients/bin/python -m pip install --no-deps --target .venv-clients/opencv5 "opencv-python-headless>=5,<6"
 	touch $@

@@ -74,8 +74,12 @@ class Preprocessor:
   def __init__(self, image_size):
     with tf.Graph().as_default():
       self._encoded = tf.placeholder(tf.string, [])
+      # Cut before it is converted to float, not after, which gives the same
+      # pixels in a third less memory: a large image takes a gigabyte.
+      crop = tf.image.central_crop(xception_preprocessing.decode(self._encoded),
+                                   xception_preprocessing.CENTRAL_FRACTION)
       self._image = xception_preprocessing.preprocess_for_eval(
-          xception_preprocessing.decode(self._encoded), image_size, image_size)
+          crop, image_size, image_size, central_fraction=None)
       self._session = tf.Session(config=tf.ConfigProto(device_count={'GPU': 0}))
 
   def __call__(self, encoded):

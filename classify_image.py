@@ -1,0 +1,257 @@
+"""Classifies image files with a model that write_pb.py wrote.
+
+  python classify_image.py --graph frozen_model_xception.pb a.jpg b.png photos
+  python classify_image.py --graph frozen_model_xception.tflite --json a.jpg
+
+Prints the most probable classes of every image. The model may be a .pb, a
+SavedModel's folder, a .tflite or an .onnx; labels.txt stands beside it. The
+pixels are those that evaluation sees. A file that is no image is reported, the
+rest is classified, and the exit code is 1.
+
+A .pb is a program: load only files that you or someone you trust made.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import csv
+import glob
+import itertools
+import json
+import os
+import sys
+import threading
+
+import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+import tqdm
+
+import frozen_models
+import image_files
+import options
+
+STANDARD_INPUT = '-'
+# What is taken of a folder; a file that is named is tried whatever its ending.
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
+MAX_FILE_BYTES = 256 * 2**20
+NUM_THREADS = 2  # that decode
+
+Result = collections.namedtuple('Result', [
+    'file',  # name
+    'predictions',  # list of dicts label, name, probability; the most probable first
+    'error',  # what is wrong with the file, or None
+])
+
+
+def find_files(patterns):
+  """Returns the files that the command line names.
+
+  Args:
+    patterns: files, `-`, folders, whose images and those of their sub-folders are
+      meant, and patterns like 'photos/*.jpg'.
+
+  Returns:
+    List of names in the given order; those of a folder or a pattern are sorted.
+    What does not exist is among them, for the error.
+  """
+  files = []
+  for pattern in patterns:
+    if os.path.isdir(pattern):
+      files.extend(_images_below(pattern) or [pattern])
+    elif pattern != STANDARD_INPUT and not os.path.lexists(pattern) and glob.has_magic(pattern):
+      files.extend(sorted(glob.glob(pattern, recursive=True)) or [pattern])
+    else:
+      files.append(pattern)
+  return files
+
+
+def _images_below(folder):
+  def fail(error):
+    raise error
+
+  files = []
+  for parent, folders, names in os.walk(folder, onerror=fail):
+    folders.sort()
+    paths = [os.path.join(parent, name) for name in sorted(names) if not name.startswith('.')]
+    files.extend(path for path in paths
+                 if path.lower().endswith(SUFFIXES) and os.path.isfile(path))
+  return files
+
+
+def read_file(name):
+  """Returns the bytes of a file or of standard input; not more than MAX_FILE_BYTES.
+
+  Raises:
+    image_files.ImageError: it cannot be read, or is larger.
+  """
+  try:
+    if name == STANDARD_INPUT:
+      content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
+    elif os.path.isdir(name):
+      raise image_files.ImageError('the folder holds no image')
+    else:
+      with open(name, 'rb') as f:
+        content = f.read(MAX_FILE_BYTES + 1)
+  except OSError as error:
+    raise image_files.ImageError(f'it cannot be read: {error.strerror}') from error
+  if len(content) > MAX_FILE_BYTES:
+    raise image_files.ImageError(f'it has more than {MAX_FILE_BYTES} bytes')
+  return content
+
+
+class ImageLoader:
+  """Turns a file's name into a model's input; may be called by several threads at once."""
+
+  def __init__(self, image_size):
+    """Initializes it for images of a size, or for encoded images if that is None."""
+    self._convert = image_files.Converter()
+    self._preprocess = frozen_models.Preprocessor(image_size) if image_size else bytes
+    # The largest image takes 1.5 GB here: one at a time.
+    self._lock = threading.Lock()
+
+  def __call__(self, name):
+    """Returns float32 [image_size, image_size, 3] in [-1, 1], or bytes.
+
+    Raises:
+      image_files.ImageError: the file is no image that can be used.
+    """
+    # What create_tfrecords.py would put into a record, and evaluation read there.
+    encoded, _, _, _ = self._convert(read_file(name))
+    try:
+      with self._lock:
+        return self._preprocess(encoded)
+    except tf.errors.OpError as error:
+      raise image_files.ImageError(f'it cannot be preprocessed: {error.message}') from error
+
+
+def classify(model, files, batch_size, top_k):
+  """Classifies files in batches, while those of the next batch are being decoded.
+
+  Args:
+    model: a FrozenModel.
+    files: names of files.
+    batch_size: files per batch.
+    top_k: number of predictions per image.
+
+  Yields:
+    The Result of every file, in order.
+  """
+  load = ImageLoader(model.image_size)
+  files = iter(files)
+  with concurrent.futures.ThreadPoolExecutor(NUM_THREADS) as pool:
+    def start_batch():
+      return [(name, pool.submit(load, name)) for name in itertools.islice(files, batch_size)]
+
+    batch = start_batch()
+    while batch:
+      next_batch = start_batch()
+      yield from _classify_batch(model, batch, top_k)
+      batch = next_batch
+
+
+def _classify_batch(model, batch, top_k):
+  outcomes = [_image_or_error(future) for _, future in batch]
+  images = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+  probabilities = iter(())
+  if images:
+    probabilities = iter(model.predict(np.stack(images) if model.image_size else images))
+  for (name, _), outcome in zip(batch, outcomes):
+    if isinstance(outcome, Exception):
+      yield Result(name, [], str(outcome))
+    else:
+      yield Result(name, _top_predictions(next(probabilities), model.class_names, top_k), None)
+
+
+def _image_or_error(future):
+  try:
+    return future.result()
+  except image_files.ImageError as error:
+    return error
+
+
+def _top_predictions(probabilities, class_names, top_k):
+  labels = np.argsort(-probabilities, kind='stable')[:top_k]
+  return [{'label': int(label), 'name': class_names[label],
+           'probability': float(probabilities[label])} for label in labels]
+
+
+def print_text(result):
+  print(f'{result.file}: ' + ', '.join(
+      f'{prediction["name"]} {prediction["probability"]:.4f}'
+      for prediction in result.predictions), flush=True)
+
+
+def print_json(result):
+  print(json.dumps({'file': result.file, 'predictions': result.predictions}), flush=True)
+
+
+def print_csv(result):
+  writer = csv.writer(sys.stdout, lineterminator='\n')
+  for rank, prediction in enumerate(result.predictions, 1):
+    writer.writerow([result.file, rank, *prediction.values()])
+  sys.stdout.flush()
+
+
+def parse_args(argv=None):
+  parser = argparse.ArgumentParser(
+      description=__doc__.split('\n')[0],
+      epilog='A .pb is a program: load only files that you or someone you trust made.',
+      formatter_class=options.HelpFormatter)
+  parser.add_argument('images', nargs='+', metavar='IMAGE',
+                      help='file, folder, pattern like "photos/*.jpg", or - for standard input')
+  parser.add_argument('--graph', required=True,
+                      help='.pb, folder of a SavedModel, .tflite or .onnx of write_pb.py')
+  parser.add_argument('--top_k', type=options.positive_int, default=5,
+                      help='classes per image')
+  parser.add_argument('--batch_size', type=options.positive_int, default=8,
+                      help='images per step; changes speed and memory, not the result')
+  parser.add_argument('--precision', choices=frozen_models.PRECISIONS, default='float32',
+                      help='bfloat16 lets TensorFlow compute a .pb or a SavedModel in it, fast '
+                      'on CPUs with AVX512_BF16 or AMX')
+  group = parser.add_mutually_exclusive_group()
+  group.add_argument('--json', dest='print_result', action='store_const', const=print_json,
+                     default=print_text,
+                     help='prints one JSON object a line: file, predictions')
+  group.add_argument('--csv', dest='print_result', action='store_const', const=print_csv,
+                     default=print_text,
+                     help='prints file, rank, label, name and probability, one prediction a line')
+  return parser.parse_args(argv)
+
+
+def main(args):
+  """Classifies the files of the command line; returns the exit code."""
+  files = find_files(args.images)
+  model = frozen_models.load(args.graph, args.precision)
+  # Bytes of a name that are no UTF-8 go out as they came in.
+  sys.stdout.reconfigure(errors='surrogateescape')
+  sys.stderr.reconfigure(errors='backslashreplace')
+  if args.print_result is print_csv:
+    print('file,rank,label,name,probability')
+  num_errors = 0
+  is_hidden = sys.stdout.isatty() or not sys.stderr.isatty()
+  with tqdm.tqdm(total=len(files), unit=' images', disable=is_hidden) as progress:
+    for result in classify(model, files, args.batch_size, args.top_k):
+      progress.update()
+      if result.error is None:
+        args.print_result(result)
+      else:
+        num_errors += 1
+        progress.write(f'classify_image.py: {result.file}: {result.error}', file=sys.stderr)
+  if num_errors:
+    print(f'classify_image.py: {num_errors} of {len(files)} files could not be classified',
+          file=sys.stderr)
+  return 1 if num_errors else 0
+
+
+if __name__ == '__main__':
+  tf.disable_v2_behavior()
+  try:
+    sys.exit(main(parse_args()))
+  except BrokenPipeError:
+    # Whoever read the results wants no more of them; nothing is left to be flushed.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+  except (frozen_models.ModelError, OSError) as error:
+    sys.exit(f'classify_image.py: {error}')

@@ -1,0 +1,82 @@
+"""Measures what folding and bfloat16 do for the paper's network, in one run.
+
+  python tests/frozen_speed.py --rounds 15
+
+Random weights, batch 8, 299 x 299. The graphs take turns, so that a slow minute
+of the machine hits them all; the medians count.
+"""
+
+import argparse
+import collections
+import os
+import statistics
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+import tf_slim as slim
+
+import batch_norm_folding
+import frozen_models
+import graph_formats
+import write_pb
+import xception
+
+IMAGE_SIZE, BATCH_SIZE = 299, 8
+CLASS_NAMES = ['daisy', 'dandelion', 'roses', 'sunflowers', 'tulips']
+
+
+def build_graph():
+  """Returns the frozen graph, not folded, of a network with random weights."""
+  with tf.Graph().as_default(), tf.Session() as session:
+    images = tf.placeholder(tf.float32, [None, IMAGE_SIZE, IMAGE_SIZE, 3], name='input')
+    with slim.arg_scope(xception.xception_arg_scope()):
+      _, end_points = xception.xception(images, len(CLASS_NAMES), is_training=False)
+    tf.identity(end_points['Predictions'], name='output')
+    session.run(tf.global_variables_initializer())
+    return tf.graph_util.convert_variables_to_constants(
+        session, tf.get_default_graph().as_graph_def(), ['output'])
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--rounds', type=int, default=15)
+  args = parser.parse_args()
+
+  plain = build_graph()
+  folded = batch_norm_folding.fold(plain, 'output')
+  bfloat16 = graph_formats.to_bfloat16(folded)
+  models = {}
+  with tempfile.TemporaryDirectory() as folder:
+    for name, graph_def, precision in [
+        ('float32, not folded', plain, 'float32'), ('float32, folded', folded, 'float32'),
+        ('bfloat16 of classify_image, not folded', plain, 'bfloat16'),
+        ('bfloat16 of classify_image, folded', folded, 'bfloat16'),
+        ('bfloat16 of write_pb, folded', bfloat16, 'float32')]:
+      path = write_pb.write_drafts(graph_def, CLASS_NAMES, {'pb': 'model.pb'}, folder)['pb']
+      models[name] = frozen_models.load(path, precision).predict
+  images = np.random.default_rng(0).uniform(
+      -1, 1, [BATCH_SIZE, IMAGE_SIZE, IMAGE_SIZE, 3]).astype(np.float32)
+  seconds = collections.defaultdict(list)
+  for _ in range(args.rounds):
+    for name, run in models.items():
+      run(images)  # those before have emptied the caches
+      start = time.perf_counter()
+      run(images)
+      seconds[name].append(time.perf_counter() - start)
+  medians = {name: statistics.median(values) for name, values in seconds.items()}
+  for name, median in medians.items():
+    print(f'{name:<40} {BATCH_SIZE / median:6.1f} images/s '
+          f'{medians["float32, not folded"] / median:6.2f} x')
+
+
+if __name__ == '__main__':
+  tf.disable_v2_behavior()
+  tf.enable_resource_variables()
+  main()
