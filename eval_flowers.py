@@ -9,7 +9,11 @@ events at the checkpoint's step. Its last line is `Accuracy: 0.xxxx (nn of NN)`.
 
   python eval_flowers.py --dataset_dir dataset --log_dir log --watch --eval_on_cpu
 
-does so with each checkpoint that training writes, while it trains.
+does so with each checkpoint that training writes, while it trains, and
+
+  python eval_flowers.py --dataset_dir dataset --graph frozen_model_xception.tflite
+
+with a frozen model, so that it shows what freezing or quantising costs.
 """
 
 import argparse
@@ -25,6 +29,7 @@ import tensorflow.compat.v1 as tf
 import checkpoints
 import evaluation
 import flowers
+import frozen_models
 import metrics
 import options
 import pictures
@@ -32,6 +37,8 @@ import report
 import towers
 
 WATCH_INTERVAL_SECS = 2  # between two looks for a new checkpoint
+# A probability that rounds to 0 costs what the smallest float32 does.
+MIN_PROBABILITY = np.finfo(np.float32).tiny
 
 
 def new_checkpoints(log_dir, timeout):
@@ -71,73 +78,118 @@ def report_bad_records(dataset, bad_numbers):
           file=sys.stderr)
 
 
-class CheckpointEvaluation:
-  """Evaluates checkpoints of one training and writes what was found."""
+class SplitEvaluation:
+  """Evaluates networks on a split and writes what was found.
 
-  def __init__(self, dataset, log_eval, batch_size, devices, use_averages, about):
-    """Initializes it; nothing is built or written before the first checkpoint.
+  Attributes:
+    class_names: names of the split's classes.
+  """
+
+  def __init__(self, dataset, log_eval, batch_size, about):
+    """Initializes it; nothing is written before the first result.
 
     Args:
       dataset: slim Dataset from `flowers.get_split`.
       log_eval: folder of the results; created if missing.
-      batch_size, devices, use_averages: see `evaluation.Evaluator`.
+      batch_size: images that a network is given at a time.
       about: dict of what metrics.json is to say beside the metrics.
     """
     self.class_names = [name for _, name in sorted(dataset.labels_to_names.items())]
     self._dataset = dataset
     self._log_eval = log_eval
     self._batch_size = batch_size
-    self._devices = devices
-    self._use_averages = use_averages
     self._about = about
-    self._evaluator = None
+    self._writer = None
+    num_pictures = min(pictures.MAX_GRID_IMAGES, dataset.num_samples)
+    self._picture_indices = np.linspace(
+        0, dataset.num_samples - 1, num_pictures).astype(int).tolist()
 
-  def __call__(self, checkpoint):
-    """Evaluates a checkpoint.
+  def of_checkpoints(self, devices, use_averages):
+    """Returns a function that evaluates a checkpoint of one training, and the next.
+
+    The function takes a checkpoint's path and returns what `_report` does; it
+    raises checkpoints.CheckpointError if the checkpoint cannot be read, or is of
+    another model or dataset.
+
+    Args:
+      devices, use_averages: see `evaluation.Evaluator`.
+    """
+    evaluator = None
+
+    def evaluate(checkpoint):
+      nonlocal evaluator
+      if evaluator is None:
+        config = checkpoints.load_config(checkpoint)
+        self._check_classes(checkpoint, config.class_names)
+        evaluator = evaluation.Evaluator(self._dataset, config, self._batch_size, devices,
+                                         show_progress=True)
+      step = read_global_step(checkpoint)
+      result = evaluator(checkpoint, use_averages, self._picture_indices,
+                         pictures.MAX_GRID_IMAGES)
+      return self._report(result, {'checkpoint': checkpoint, 'global_step': step,
+                                   'uses_averages': result.uses_averages})
+    return evaluate
+
+  def of_frozen_model(self, path):
+    """Evaluates a model of whatever format; returns what `_report` does.
+
+    Raises:
+      frozen_models.ModelError: the model cannot be loaded, or takes no pixels.
+      checkpoints.CheckpointError: it is of other classes.
+    """
+    model = frozen_models.load(path)
+    self._check_classes(path, model.class_names)
+    if model.image_size is None:
+      raise frozen_models.ModelError(
+          f'{path} decodes images itself, and evaluation does too: give the .pb that takes pixels')
+
+    def predict(batches):
+      for images, labels, _ in batches:
+        probabilities = model.predict(images)
+        chosen = probabilities[np.arange(len(labels)), labels]
+        yield probabilities, -np.log(np.maximum(chosen, MIN_PROBABILITY))
+
+    reader = evaluation.ImageReader(self._dataset, self._batch_size, model.image_size)
+    result = evaluation.run_pass(reader, predict, 1, self._picture_indices,
+                                 pictures.MAX_GRID_IMAGES, show_progress=True)
+    return self._report(result, {
+        'graph': path, 'global_step': model.description.get('global_step', 0),
+        'uses_averages': model.description.get('averaged_weights')})
+
+  def _check_classes(self, path, class_names):
+    if self.class_names != class_names:
+      raise checkpoints.CheckpointError(
+          f'{path} was trained on the classes {", ".join(class_names)}, but '
+          f'{self._about["dataset_dir"]} has {", ".join(self.class_names)}')
+
+  def _report(self, result, about):
+    """Writes files and events.
+
+    Args:
+      result: evaluation.Evaluation.
+      about: dict of what was evaluated; has global_step.
 
     Returns:
       computed: metrics.Metrics.
       about: dict of all that metrics.json says beside them.
       files: names of the files.
-
-    Raises:
-      checkpoints.CheckpointError: the checkpoint cannot be read, or is of
-        another model or dataset.
     """
-    if self._evaluator is None:
-      self._build(checkpoint)
-    step = read_global_step(checkpoint)
-    dataset = self._dataset
-    num_pictures = min(pictures.MAX_GRID_IMAGES, dataset.num_samples)
-    indices = np.linspace(0, dataset.num_samples - 1, num_pictures).astype(int).tolist()
-    result = self._evaluator(checkpoint, self._use_averages, indices, pictures.MAX_GRID_IMAGES)
-
-    bad_numbers = sorted(set(range(dataset.num_samples)).difference(result.positions))
-    report_bad_records(dataset, bad_numbers)
+    if self._writer is None:
+      undrawable = pictures.undrawable_names(self.class_names)
+      if undrawable:
+        print(f'Warning: no font of this machine can draw {", ".join(undrawable)}: in pictures '
+              'they are numbers. On Debian, apt install fonts-noto-cjk has most', file=sys.stderr)
+      os.makedirs(self._log_eval, exist_ok=True)
+      self._writer = tf.summary.FileWriter(self._log_eval)
+    bad_numbers = sorted(set(range(self._dataset.num_samples)).difference(result.positions))
+    report_bad_records(self._dataset, bad_numbers)
     computed = metrics.compute(result.labels, result.probabilities, result.losses)
-    about = {'num_bad_records': len(bad_numbers), 'checkpoint': checkpoint,
-             'global_step': step, 'uses_averages': result.uses_averages, **self._about}
+    about = {'num_bad_records': len(bad_numbers), **about, **self._about}
     # Bad records leave no images for the last of the indices.
-    indices = [index for index in indices if index in result.images]
+    indices = [index for index in self._picture_indices if index in result.images]
     files = report.write(self._log_eval, self._writer, result, computed, indices,
                          self.class_names, about)
     return computed, about, files
-
-  def _build(self, checkpoint):
-    """Builds the graph of the checkpoint's model, and opens the event file."""
-    config = checkpoints.load_config(checkpoint)
-    if self.class_names != config.class_names:
-      raise checkpoints.CheckpointError(
-          f'{checkpoint} was trained on the classes {", ".join(config.class_names)}, but '
-          f'{self._about["dataset_dir"]} has {", ".join(self.class_names)}')
-    undrawable = pictures.undrawable_names(self.class_names)
-    if undrawable:
-      print(f'Warning: no font of this machine can draw {", ".join(undrawable)}: in pictures '
-            'they are numbers. On Debian, apt install fonts-noto-cjk has most', file=sys.stderr)
-    self._evaluator = evaluation.Evaluator(self._dataset, config, self._batch_size,
-                                           self._devices, show_progress=True)
-    os.makedirs(self._log_eval, exist_ok=True)
-    self._writer = tf.summary.FileWriter(self._log_eval)
 
 
 def read_global_step(checkpoint):
@@ -152,7 +204,7 @@ def watch(evaluate, log_dir, timeout, last_step):
   """Evaluates each checkpoint of a training as it comes.
 
   Args:
-    evaluate: CheckpointEvaluation.
+    evaluate: function from `SplitEvaluation.of_checkpoints`.
     log_dir: folder that training writes, or is going to.
     timeout: seconds without a new checkpoint after which to end.
     last_step: step to end with, or None.
@@ -197,7 +249,8 @@ def print_report(computed, about):
 
 
 def describe_weights(uses_averages):
-  return 'Polyak averages' if uses_averages else 'as trained, not averaged'
+  return {True: 'Polyak averages', False: 'as trained, not averaged',
+          None: 'as frozen'}[uses_averages]
 
 
 def parse_args(argv=None):
@@ -212,7 +265,8 @@ def parse_args(argv=None):
   group.add_argument('--dataset_split_name', default='validation', choices=flowers.SPLITS,
                      help='which images')
   group.add_argument('--log_eval', '--eval_dir',
-                     help='folder of the results (default: eval in --log_dir)')
+                     help='folder of the results (default: eval in --log_dir, MODEL.eval for '
+                     '--graph MODEL)')
   group = parser.add_argument_group('weights')
   group.add_argument('--log_dir', '--train_dir', default='./log',
                      help='folder that train_flowers.py wrote, or writes')
@@ -222,6 +276,9 @@ def parse_args(argv=None):
                       '(default: the newest of --log_dir)')
   one_of.add_argument('--watch', action='store_true',
                       help='evaluates every checkpoint of --log_dir, as training writes them')
+  one_of.add_argument('--graph', metavar='MODEL',
+                      help='evaluates a frozen model of write_pb.py: .pb, folder of a SavedModel, '
+                      '.tflite or .onnx')
   group.add_argument('--watch_timeout', type=options.positive_float, default=1800,
                      help='seconds without a new checkpoint after which --watch ends')
   group.add_argument('--max_number_of_steps', type=options.positive_int,
@@ -236,29 +293,40 @@ def parse_args(argv=None):
                      '(default: every GPU, or the CPU)')
   group.add_argument('--eval_on_cpu', '--clone_on_cpu', action='store_true',
                      help='leaves the GPUs to training')
-  return parser.parse_args(argv)
+  args = parser.parse_args(argv)
+  if args.graph and (args.num_clones or args.eval_on_cpu or args.use_averages != 'auto'):
+    parser.error('--graph has its weights frozen and runs where its runtime puts it: it goes '
+                 'without --use_averages, --num_clones and --eval_on_cpu')
+  return args
 
 
 def main(args):
-  checkpoint = None if args.watch else checkpoints.find(args.log_dir, args.checkpoint_path)
+  # What is cheap to find out comes first.
+  checkpoint = (None if args.watch or args.graph else
+                checkpoints.find(args.log_dir, args.checkpoint_path))
+  devices = None if args.graph else towers.tower_devices(args.num_clones, args.eval_on_cpu)
   dataset = flowers.get_split(args.dataset_split_name, args.dataset_dir,
                               flowers.name_pattern(args.dataset_name))
   flowers.require_readable(dataset)
-  devices = towers.tower_devices(args.num_clones, args.eval_on_cpu)
-  log_eval = args.log_eval or os.path.join(args.log_dir, 'eval')
-  evaluate = CheckpointEvaluation(
-      dataset, log_eval, args.batch_size, devices, args.use_averages,
+  log_eval = args.log_eval or (f'{args.graph.rstrip("/")}.eval' if args.graph else
+                               os.path.join(args.log_dir, 'eval'))
+  split = SplitEvaluation(
+      dataset, log_eval, args.batch_size,
       {'dataset_dir': args.dataset_dir, 'dataset_split_name': args.dataset_split_name})
+  images = f'{dataset.num_samples} images of the {args.dataset_split_name} split'
   if args.watch:
-    watch(evaluate, args.log_dir, args.watch_timeout, args.max_number_of_steps)
+    watch(split.of_checkpoints(devices, args.use_averages), args.log_dir, args.watch_timeout,
+          args.max_number_of_steps)
     return
-
-  choice = 'as named' if checkpoint == args.checkpoint_path else (
-      f'the newest of {args.checkpoint_path or args.log_dir}')
-  print(f'Evaluating {checkpoint}, {choice}, on {dataset.num_samples} images of the '
-        f'{args.dataset_split_name} split, on {", ".join(devices)}', flush=True)
-  computed, about, files = evaluate(checkpoint)
-  print(metrics.format_table(computed, evaluate.class_names))
+  if args.graph:
+    print(f'Evaluating {args.graph} on {images}', flush=True)
+    computed, about, files = split.of_frozen_model(args.graph)
+  else:
+    choice = 'as named' if checkpoint == args.checkpoint_path else (
+        f'the newest of {args.checkpoint_path or args.log_dir}')
+    print(f'Evaluating {checkpoint}, {choice}, on {images}, on {", ".join(devices)}', flush=True)
+    computed, about, files = split.of_checkpoints(devices, args.use_averages)(checkpoint)
+  print(metrics.format_table(computed, split.class_names))
   print(f'Wrote {", ".join(files)} and events to {log_eval}')
   print_report(computed, about)
 
@@ -268,7 +336,8 @@ if __name__ == '__main__':
   tf.enable_resource_variables()
   try:
     main(parse_args())
-  except (flowers.DatasetError, checkpoints.CheckpointError, towers.DeviceError) as error:
+  except (flowers.DatasetError, checkpoints.CheckpointError, towers.DeviceError,
+          frozen_models.ModelError) as error:
     sys.exit(f'eval_flowers.py: {error}')
   except KeyboardInterrupt:
     sys.exit('eval_flowers.py: interrupted')

@@ -51,9 +51,11 @@ class FrozenModel:
   Attributes:
     class_names: names of the classes, from labels.txt beside the model.
     image_size: height and width of its images; None if it takes encoded ones.
+    description: what model.json beside it says; no files without one.
   """
   class_names: list[str]
   image_size: int | None
+  description: dict
   _run: typing.Callable
 
   def predict(self, batch):
@@ -112,7 +114,8 @@ def load(path, precision='float32'):
         os.path.splitext(path)[1].lower(), _load_pb)
   if precision != 'float32' and load_format in (_load_tflite, _load_onnx):
     raise ModelError(f'{path}: only .pb and SavedModel compute in {precision}')
-  _check_sums(path)
+  description = _read_description(path)
+  _check_sums(path, description)
   image_size, num_classes, run = load_format(path, precision)
 
   labels_file = os.path.join(os.path.dirname(os.path.abspath(path)), flowers.LABELS_FILE)
@@ -123,7 +126,7 @@ def load(path, precision='float32'):
   if len(class_names) != num_classes:
     raise ModelError(f'{labels_file} names {len(class_names)} classes, but {path} '
                      f'has {num_classes}')
-  return FrozenModel(class_names, image_size, run)
+  return FrozenModel(class_names, image_size, description, run)
 
 
 def files_below(path):
@@ -140,17 +143,29 @@ def sha256(path):
     return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
-def _check_sums(path):
+def _read_description(path):
+  """Returns what model.json beside a model says; without one, that there are no files."""
+  try:
+    with open(os.path.join(os.path.dirname(os.path.abspath(path)), MODEL_FILE),
+              encoding='utf-8') as f:
+      description = json.load(f)
+    if not isinstance(description, dict):
+      raise ValueError(f'it must hold an object, not {description!r}')
+    return description
+  except FileNotFoundError:
+    return {'files': []}
+  except (OSError, ValueError) as error:
+    raise ModelError(f'{MODEL_FILE} beside {path} cannot be read: {error}') from error
+
+
+def _check_sums(path, description):
   """Compares a model with the sums in model.json: LiteRT crashes on a file cut short."""
   path = os.path.abspath(path)
   folder = os.path.dirname(path)
   try:
-    with open(os.path.join(folder, MODEL_FILE), encoding='utf-8') as f:
-      sums = {file['file']: file['sha256'] for file in json.load(f)['files']}
-  except FileNotFoundError:
-    return
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise ModelError(f'{MODEL_FILE} beside {path} cannot be read: {error}') from error
+    sums = {file['file']: file['sha256'] for file in description['files']}
+  except (KeyError, TypeError) as error:
+    raise ModelError(f'{MODEL_FILE} beside {path} cannot be read: {error!r}') from error
   for file in files_below(path):
     name = os.path.relpath(file, folder)
     if name in sums and sums[name] != sha256(file):

@@ -18,9 +18,12 @@ import checkpoint_writer
 import checkpoints
 import eval_flowers
 import evaluation
+import frozen_models
 import pipeline_test
 import report
+import small_model
 import towers
+import write_pb
 
 DATASET_DIR = checkpoint_writer.DATASET_DIR
 FILES = ['metrics.json', 'predictions.csv', 'confusion_matrix.png', 'mistakes.png',
@@ -128,7 +131,8 @@ class OnceTest(EvalTestCase):
 
   def test_which_weights(self):
     self.without_pictures()
-    newest_but_one, newest = checkpoint_writer.save(self.log_dir, 1), checkpoint_writer.save(self.log_dir, 2, with_averages=True)
+    newest_but_one = checkpoint_writer.save(self.log_dir, 1)
+    newest = checkpoint_writer.save(self.log_dir, 2, with_averages=True)
     best_dir = os.path.join(self.log_dir, 'best')
     os.mkdir(best_dir)
     best = checkpoint_writer.save(best_dir, 7)
@@ -165,6 +169,60 @@ class OnceTest(EvalTestCase):
           ['--dataset_dir', DATASET_DIR, '--log_dir', self.log_dir, '--num_clones', '99']))
     with self.assertRaises(SystemExit):
       evaluate('--watch', '--checkpoint_path', 'log')
+
+
+class GraphTest(EvalTestCase):
+
+  def test_frozen_models_score_as_the_checkpoint_does(self):
+    self.without_pictures()
+    small_model.write_checkpoint(self.log_dir)
+    evaluate('--log_dir', self.log_dir)
+    expected = self.read_metrics()
+    self.assertGreater(expected['accuracy'], 0.5)
+    pb = os.path.join(self.dir, 'model.pb')
+    with contextlib.redirect_stdout(io.StringIO()):
+      write_pb.main(write_pb.parse_args([
+          '--log_dir', self.log_dir, '--output_file', pb, '--noverify', '--formats',
+          'pb,saved_model,tflite,tflite_float16,jpeg_pb']))
+    for name in ('model.pb', 'model_saved_model/', 'model.tflite', 'model_float16.tflite'):
+      path = os.path.join(self.dir, name)
+      output = self.evaluate_graph(path)
+      self.assertIn(f'Evaluating {path} on 100 images of the validation split\n', output)
+      self.assertIn('\nWeights: as trained, not averaged\n', output)
+      found = self.read_metrics(path.rstrip('/') + '.eval')
+      self.assertAllClose(found['loss'], expected['loss'], atol=1e-2 if 'float16' in name else 1e-5)
+      self.assertEqual(found['confusion_matrix'], expected['confusion_matrix'])
+      self.assertEqual((found['graph'], found['global_step']), (path, small_model.GLOBAL_STEP))
+
+    with self.assertRaisesRegex(frozen_models.ModelError, 'model_jpeg.pb decodes images itself'):
+      self.evaluate_graph(os.path.join(self.dir, 'model_jpeg.pb'))
+    with open(os.path.join(self.dir, 'labels.txt'), 'w') as f:
+      f.writelines(f'{i}:{name}\n' for i, name in enumerate('abcde'))
+    with self.assertRaisesRegex(checkpoints.CheckpointError,
+                                'model.pb was trained on the classes a, b, c, d, e, but'):
+      self.evaluate_graph(pb)
+
+  def evaluate_graph(self, path):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+      eval_flowers.main(eval_flowers.parse_args(['--dataset_dir', DATASET_DIR, '--graph', path]))
+    return output.getvalue()
+
+  def test_without_model_json(self):
+    self.without_pictures()
+    small_model.write_checkpoint(self.log_dir)
+    pb = os.path.join(self.dir, 'model.pb')
+    with contextlib.redirect_stdout(io.StringIO()):
+      write_pb.main(write_pb.parse_args(['--log_dir', self.log_dir, '--output_file', pb,
+                                         '--noverify']))
+    os.remove(os.path.join(self.dir, 'model.json'))
+    self.assertIn('\nWeights: as frozen\n', self.evaluate_graph(pb))
+
+  def test_options_that_do_not_go_together(self):
+    for option in (['--use_averages', 'no'], ['--num_clones', '2'], ['--eval_on_cpu'], ['--watch'],
+                   ['--checkpoint_path', 'log']):
+      with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        eval_flowers.parse_args(['--graph', 'model.pb', *option])
 
 
 class WatchTest(EvalTestCase):

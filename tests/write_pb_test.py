@@ -184,7 +184,7 @@ class WritePbTest(tf.test.TestCase):
             'tflite_float16': real._replace(bound=bound)}))
         if predict:
           stack.enter_context(mock.patch.object(frozen_models, 'load', return_value=(
-              frozen_models.FrozenModel(small_model.CLASS_NAMES, 71, predict))))
+              frozen_models.FrozenModel(small_model.CLASS_NAMES, 71, {}, predict))))
         with self.assertRaisesRegex(write_pb.FreezeError, 'Nothing was written, .*tflite_float16'):
           self.write('--formats', 'tflite_float16')
       self.assertEqual(sorted(os.listdir(self.dir)), before)
