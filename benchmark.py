@@ -1,211 +1,85 @@
-"""Measures the speed of the project's parts beside that of what it replaces.
+"""Measures the speed of the project, beside that of what it replaces.
 
-  python benchmark.py --mode input --json
+  python benchmark.py --mode train --batch_size 8 --image_size 299 --json
+  python benchmark.py --peers
 
-Every figure is the median of runs that take turns, so that a slow minute of the
-machine hits all of them. Compare the ratios: the figures are of this machine.
+`train` repeats one batch, `end_to_end` trains on the shipped flowers through the
+whole input pipeline, `inference` runs a frozen graph, `input` the input pipeline
+alone. All but `input` use the full network with random weights.
+
+Figures are of this machine: compare the ratios. Those of --peers come from new
+processes that take turns, so that a slow minute of the machine hits all of them.
 """
 
-import argparse
-import functools
-import io
-import json
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
-import textwrap
 import time
+
+START = time.perf_counter()
+
+import argparse
+import json
+import sys
 
 import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
 
-from PIL import Image
 import tensorflow.compat.v1 as tf
-import tf_slim as slim
 
-import flowers
+from benchmarks import input_pipeline
+from benchmarks import network
+from benchmarks import peers
 import options
+import precision
 import towers
-import train_flowers
-import xception
-import xception_preprocessing
 
-DATASET_DIR = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'dataset')
-IMAGE_SIZE = 299
-BATCH_SIZE = 32
-NUM_BATCHES = 40  # timed, after WARM_UP_BATCHES
-WARM_UP_BATCHES = 8
-JPEG_SIDE, JPEG_QUALITY = 500, 90  # as the flower photographs are
-
-# The training step of the two-core recipe in README.
-TRAIN_IMAGE_SIZE, TRAIN_DEPTH_MULTIPLIER, TRAIN_BATCH_SIZE = 128, 0.5, 16
-NUM_TRAIN_STEPS = 30
-
-KERAS_PIPELINE = textwrap.dedent('''
-    import sys, time
-    import keras
-    import tensorflow as tf
-
-    folder, image_size, batch_size, warm_up, num_batches = sys.argv[1], *map(int, sys.argv[2:])
-    larger = round(image_size / 0.875)
-    layers = keras.Sequential([
-        keras.layers.RandomCrop(image_size, image_size), keras.layers.RandomFlip('horizontal'),
-        keras.layers.RandomBrightness(32 / 255), keras.layers.RandomSaturation(0.5),
-        keras.layers.Rescaling(1 / 127.5, -1)])
-    dataset = keras.utils.image_dataset_from_directory(
-        folder, image_size=(larger, larger), batch_size=batch_size, verbose=False)
-    dataset = dataset.repeat().map(
-        lambda images, labels: (layers(images, training=True), labels), tf.data.AUTOTUNE)
-    batches = iter(dataset.prefetch(tf.data.AUTOTUNE))
-    for _ in range(warm_up):
-      next(batches)
-    start = time.perf_counter()
-    for _ in range(num_batches):
-      next(batches)
-    print(num_batches * batch_size / (time.perf_counter() - start))
-''')
-
-
-def write_jpegs(folder):
-  """Writes the shipped flowers as JPEGs of 500 pixels: as records, and as files by class."""
-  dataset = flowers.get_split('train', DATASET_DIR)
-  read = flowers.RecordReader(dataset)
-  for name in dataset.labels_to_names.values():
-    os.makedirs(os.path.join(folder, 'files', name))
-  with open(os.path.join(folder, flowers.LABELS_FILE), 'w', encoding='utf-8') as f:
-    f.writelines(f'{label}:{name}\n' for label, name in dataset.labels_to_names.items())
-  path = os.path.join(folder, flowers.shard_name('train', 0, 1))
-  with tf.python_io.TFRecordWriter(path) as writer:
-    for number in range(dataset.num_samples):
-      pixels, label = read(number)
-      image = Image.fromarray(pixels)
-      scale = JPEG_SIDE / max(image.size)
-      image = image.resize((round(image.width * scale), round(image.height * scale)),
-                           Image.BICUBIC)
-      encoded = io.BytesIO()
-      image.save(encoded, 'JPEG', quality=JPEG_QUALITY)
-      writer.write(flowers.make_example(encoded.getvalue(), 'jpg', label, image.height,
-                                        image.width).SerializeToString())
-      with open(os.path.join(folder, 'files', dataset.labels_to_names[label],
-                             f'{number}.jpg'), 'wb') as f:
-        f.write(encoded.getvalue())
-
-
-def time_batches(fetches, num_batches, batch_size, config=None):
-  """Runs fetches in a session; returns images a second after the warm-up."""
-  # Operations, not tensors: the images stay where they are.
-  operations = [tensor.op for tensor in fetches]
-  with tf.Session(config=config) as session:
-    session.run([tf.global_variables_initializer(), tf.local_variables_initializer()])
-    coordinator = tf.train.Coordinator()
-    threads = (tf.train.start_queue_runners(session, coordinator)
-               if tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS) else [])
-    for _ in range(WARM_UP_BATCHES):
-      session.run(operations)
-    start = time.perf_counter()
-    for _ in range(num_batches):
-      session.run(operations)
-    seconds = time.perf_counter() - start
-    coordinator.request_stop()
-    coordinator.join(threads)
-  return num_batches * batch_size / seconds
-
-
-def time_load_batch(folder):
-  """Images a second of `flowers.load_batch`."""
-  with tf.Graph().as_default():
-    return time_batches(flowers.load_batch(
-        flowers.get_split('train', folder), BATCH_SIZE, IMAGE_SIZE, IMAGE_SIZE,
-        is_training=True), NUM_BATCHES, BATCH_SIZE)
-
-
-def time_slim_provider(folder):
-  """Images a second of slim's DatasetDataProvider, queue runners and step by step distortion."""
-  with tf.Graph().as_default(), tf.device('/cpu:0'):
-    provider = slim.dataset_data_provider.DatasetDataProvider(
-        flowers.get_split('train', folder), num_readers=4,
-        common_queue_capacity=20 * BATCH_SIZE, common_queue_min=10 * BATCH_SIZE)
-    image, label = provider.get(['image', 'label'])
-    image = xception_preprocessing.preprocess_for_train(
-        image, IMAGE_SIZE, IMAGE_SIZE, add_image_summaries=False)
-    batch = tf.train.batch([image, label], BATCH_SIZE, num_threads=4, capacity=5 * BATCH_SIZE)
-    return time_batches(batch, NUM_BATCHES, BATCH_SIZE)
-
-
-def time_keras(folder):
-  """Images a second of Keras' image_dataset_from_directory with layers that distort."""
-  result = subprocess.run(
-      [sys.executable, '-c', KERAS_PIPELINE, os.path.join(folder, 'files'),
-       *map(str, (IMAGE_SIZE, BATCH_SIZE, WARM_UP_BATCHES, NUM_BATCHES))],
-      check=True, capture_output=True, text=True)
-  return float(result.stdout)
-
-
-def time_training(synthetic):
-  """Images a second of training on the shipped flowers, or on one batch again and again."""
-  with tf.Graph().as_default():
-    dataset = flowers.get_split('train', DATASET_DIR)
-    shape = [TRAIN_BATCH_SIZE, TRAIN_IMAGE_SIZE, TRAIN_IMAGE_SIZE, 3]
-    if synthetic:
-      images = tf.get_variable('images', shape, trainable=False)
-      batch = images, tf.range(shape[0], dtype=tf.int64) % 5, tf.range(shape[0], dtype=tf.int64)
-    else:
-      batch = flowers.load_numbered_batch(dataset, *shape[:3], is_training=True)
-    devices = towers.tower_devices()
-    learning_rate = tf.constant(0.001)
-    loss_fn = functools.partial(
-        train_flowers.tower_loss, num_classes=5, is_training=True,
-        depth_multiplier=TRAIN_DEPTH_MULTIPLIER, dropout_keep_prob=0.5, label_smoothing=0.0, seed=0)
-    with slim.arg_scope(xception.xception_arg_scope()):
-      step = train_flowers.build_train_step(
-          *batch, loss_fn, tf.train.AdamOptimizer(learning_rate), learning_rate, devices,
-          tf.train.get_or_create_global_step())
-    return time_batches([step.global_step], NUM_TRAIN_STEPS, TRAIN_BATCH_SIZE,
-                        towers.session_config(devices))
-
-
-def benchmark_input(repeats):
-  """Measures the input pipeline; returns a dict of medians and of ratios."""
-  with tempfile.TemporaryDirectory() as folder:
-    write_jpegs(folder)
-    rates = take_turns({
-        'images_per_second': functools.partial(time_load_batch, folder),
-        'slim_images_per_second': functools.partial(time_slim_provider, folder),
-        'keras_images_per_second': functools.partial(time_keras, folder),
-        'training_images_per_second': functools.partial(time_training, synthetic=False),
-        'synthetic_training_images_per_second': functools.partial(time_training, synthetic=True),
-    }, repeats)
-  return {
-      **rates,
-      'ratio_to_slim': rates['images_per_second'] / rates['slim_images_per_second'],
-      'ratio_to_keras': rates['images_per_second'] / rates['keras_images_per_second'],
-      'ratio_to_synthetic_training': (rates['training_images_per_second']
-                                      / rates['synthetic_training_images_per_second']),
-  }
-
-
-def take_turns(functions, repeats):
-  """Calls the functions in turns; returns {name: median of what they returned}."""
-  results = {name: [] for name in functions}
-  for _ in range(repeats):
-    for name, function in functions.items():
-      results[name].append(function())
-  return {name: statistics.median(values) for name, values in results.items()}
+IMPORT_SECONDS = time.perf_counter() - START
 
 
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
                                    formatter_class=options.HelpFormatter)
-  parser.add_argument('--mode', choices=['input'], default='input', help='what to measure')
-  parser.add_argument('--repeats', type=options.positive_int, default=3,
-                      help='runs that a median is of')
-  parser.add_argument('--json', action='store_true', help='print one JSON object, no table')
+  parser.add_argument('--mode', choices=['train', 'inference', 'input', 'end_to_end'],
+                      default='train', help='what to measure')
+  parser.add_argument('--peers', action='store_true',
+                      help='measures training and inference beside Keras and, where '
+                      'requirements-benchmark.txt is installed, timm')
+  parser.add_argument('--batch_size', type=options.positive_int, default=8,
+                      help='images per step, summed over towers')
+  parser.add_argument('--image_size', type=options.image_size, default=299,
+                      help='height and width in pixels')
+  parser.add_argument('--num_clones', type=options.positive_int,
+                      help='number of towers (default: one on every GPU, or one on the CPU)')
+  parser.add_argument('--clone_on_cpu', action='store_true', help='puts the towers on the CPU')
+  parser.add_argument('--precision', choices=precision.PRECISIONS, default='float32',
+                      help='number format of the computation')
+  parser.add_argument('--xla', action='store_true', help='compiles the graph, on GPUs')
+  parser.add_argument('--steps', type=options.positive_int, default=10,
+                      help='steps that are timed')
+  parser.add_argument('--rounds', type=options.positive_int, default=3,
+                      help='of --peers and of input: turns that a median is of')
+  parser.add_argument('--json', action='store_true', help='prints one JSON object, no table')
   return parser.parse_args(argv)
 
 
+def measure(args):
+  """Returns the figures of a mode, a dict."""
+  if args.mode == 'input':
+    return input_pipeline.measure(args.rounds)
+  devices = towers.tower_devices(args.num_clones, args.clone_on_cpu)
+  precision.check(args.precision, args.xla, devices)
+  if args.mode == 'inference':
+    result = network.measure_inference(args.batch_size, args.image_size, devices,
+                                       args.precision, args.xla, args.steps)
+  else:
+    result = network.measure_training(args.batch_size, args.image_size, devices, args.precision,
+                                      args.xla, args.steps, args.mode == 'end_to_end')
+  return {**result, 'import_seconds': IMPORT_SECONDS}
+
+
 def main(args):
-  figures = benchmark_input(args.repeats)
+  if args.peers:
+    rows = peers.compare(args.batch_size, args.image_size, args.steps, args.rounds)
+    print(json.dumps(rows) if args.json else peers.table(rows))
+    return
+  figures = measure(args)
   if args.json:
     print(json.dumps(figures))
     return
@@ -216,4 +90,7 @@ def main(args):
 if __name__ == '__main__':
   tf.disable_v2_behavior()
   tf.enable_resource_variables()
-  main(parse_args())
+  try:
+    main(parse_args())
+  except (towers.DeviceError, peers.PeerError) as error:
+    sys.exit(f'benchmark.py: {error}')

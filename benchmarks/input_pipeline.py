@@ -1,0 +1,154 @@
+"""Speed of the input pipeline beside slim's and Keras' own."""
+
+import functools
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+
+import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+
+from PIL import Image
+import tensorflow.compat.v1 as tf
+import tf_slim as slim
+
+from benchmarks import rounds
+import flowers
+import towers
+import train_flowers
+import xception
+import xception_preprocessing
+
+PROJECT_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DATASET_DIR = os.path.join(PROJECT_DIR, 'dataset')
+IMAGE_SIZE = 299
+BATCH_SIZE = 32
+NUM_BATCHES = 40  # timed, after WARM_UP_BATCHES
+WARM_UP_BATCHES = 8
+JPEG_SIDE, JPEG_QUALITY = 500, 90  # as the flower photographs are
+
+# The training step of the two-core recipe in README.
+TRAIN_IMAGE_SIZE, TRAIN_DEPTH_MULTIPLIER, TRAIN_BATCH_SIZE = 128, 0.5, 16
+NUM_TRAIN_STEPS = 30
+
+KERAS_PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'keras_input.py')
+
+
+def write_jpegs(folder):
+  """Writes the shipped flowers as JPEGs of 500 pixels: as records, and as files by class."""
+  dataset = flowers.get_split('train', DATASET_DIR)
+  read = flowers.RecordReader(dataset)
+  for name in dataset.labels_to_names.values():
+    os.makedirs(os.path.join(folder, 'files', name))
+  with open(os.path.join(folder, flowers.LABELS_FILE), 'w', encoding='utf-8') as f:
+    f.writelines(f'{label}:{name}\n' for label, name in dataset.labels_to_names.items())
+  path = os.path.join(folder, flowers.shard_name('train', 0, 1))
+  with tf.python_io.TFRecordWriter(path) as writer:
+    for number in range(dataset.num_samples):
+      pixels, label = read(number)
+      image = Image.fromarray(pixels)
+      scale = JPEG_SIDE / max(image.size)
+      image = image.resize((round(image.width * scale), round(image.height * scale)),
+                           Image.BICUBIC)
+      encoded = io.BytesIO()
+      image.save(encoded, 'JPEG', quality=JPEG_QUALITY)
+      writer.write(flowers.make_example(encoded.getvalue(), 'jpg', label, image.height,
+                                        image.width).SerializeToString())
+      with open(os.path.join(folder, 'files', dataset.labels_to_names[label],
+                             f'{number}.jpg'), 'wb') as f:
+        f.write(encoded.getvalue())
+
+
+def time_batches(fetches, num_batches, batch_size, config=None):
+  """Runs fetches in a session; returns images a second after the warm-up."""
+  # Operations, not tensors: the images stay where they are.
+  operations = [tensor.op for tensor in fetches]
+  with tf.Session(config=config) as session:
+    session.run([tf.global_variables_initializer(), tf.local_variables_initializer()])
+    coordinator = tf.train.Coordinator()
+    threads = (tf.train.start_queue_runners(session, coordinator)
+               if tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS) else [])
+    for _ in range(WARM_UP_BATCHES):
+      session.run(operations)
+    start = time.perf_counter()
+    for _ in range(num_batches):
+      session.run(operations)
+    seconds = time.perf_counter() - start
+    coordinator.request_stop()
+    coordinator.join(threads)
+  return num_batches * batch_size / seconds
+
+
+def time_load_batch(folder):
+  """Images a second of `flowers.load_batch`."""
+  with tf.Graph().as_default():
+    return time_batches(flowers.load_batch(
+        flowers.get_split('train', folder), BATCH_SIZE, IMAGE_SIZE, IMAGE_SIZE,
+        is_training=True), NUM_BATCHES, BATCH_SIZE)
+
+
+def time_slim_provider(folder):
+  """Images a second of slim's DatasetDataProvider, queue runners and step by step distortion."""
+  with tf.Graph().as_default(), tf.device('/cpu:0'):
+    provider = slim.dataset_data_provider.DatasetDataProvider(
+        flowers.get_split('train', folder), num_readers=4,
+        common_queue_capacity=20 * BATCH_SIZE, common_queue_min=10 * BATCH_SIZE)
+    image, label = provider.get(['image', 'label'])
+    image = xception_preprocessing.preprocess_for_train(
+        image, IMAGE_SIZE, IMAGE_SIZE, add_image_summaries=False)
+    batch = tf.train.batch([image, label], BATCH_SIZE, num_threads=4, capacity=5 * BATCH_SIZE)
+    return time_batches(batch, NUM_BATCHES, BATCH_SIZE)
+
+
+def time_keras(folder):
+  """Images a second of Keras' image_dataset_from_directory with layers that distort."""
+  result = subprocess.run(
+      [sys.executable, KERAS_PROGRAM, os.path.join(folder, 'files'),
+       *map(str, (IMAGE_SIZE, BATCH_SIZE, WARM_UP_BATCHES, NUM_BATCHES))],
+      check=True, capture_output=True, text=True)
+  return float(result.stdout)
+
+
+def time_training(synthetic):
+  """Images a second of training on the shipped flowers, or on one batch again and again."""
+  with tf.Graph().as_default():
+    dataset = flowers.get_split('train', DATASET_DIR)
+    shape = [TRAIN_BATCH_SIZE, TRAIN_IMAGE_SIZE, TRAIN_IMAGE_SIZE, 3]
+    if synthetic:
+      images = tf.get_variable('images', shape, trainable=False)
+      batch = images, tf.range(shape[0], dtype=tf.int64) % 5, tf.range(shape[0], dtype=tf.int64)
+    else:
+      batch = flowers.load_numbered_batch(dataset, *shape[:3], is_training=True)
+    devices = towers.tower_devices()
+    learning_rate = tf.constant(0.001)
+    loss_fn = functools.partial(
+        train_flowers.tower_loss, num_classes=5, is_training=True,
+        depth_multiplier=TRAIN_DEPTH_MULTIPLIER, dropout_keep_prob=0.5, label_smoothing=0.0, seed=0)
+    with slim.arg_scope(xception.xception_arg_scope()):
+      step = train_flowers.build_train_step(
+          *batch, loss_fn, tf.train.AdamOptimizer(learning_rate), learning_rate, devices,
+          tf.train.get_or_create_global_step())
+    return time_batches([step.global_step], NUM_TRAIN_STEPS, TRAIN_BATCH_SIZE,
+                        towers.session_config(devices))
+
+
+def measure(num_rounds):
+  """Measures the input pipeline; returns a dict of medians and of ratios."""
+  with tempfile.TemporaryDirectory() as folder:
+    write_jpegs(folder)
+    rates = rounds.take_turns({
+        'images_per_second': functools.partial(time_load_batch, folder),
+        'slim_images_per_second': functools.partial(time_slim_provider, folder),
+        'keras_images_per_second': functools.partial(time_keras, folder),
+        'training_images_per_second': functools.partial(time_training, synthetic=False),
+        'synthetic_training_images_per_second': functools.partial(time_training, synthetic=True),
+    }, num_rounds)
+  return {
+      **rates,
+      'ratio_to_slim': rates['images_per_second'] / rates['slim_images_per_second'],
+      'ratio_to_keras': rates['images_per_second'] / rates['keras_images_per_second'],
+      'ratio_to_synthetic_training': (rates['training_images_per_second']
+                                      / rates['synthetic_training_images_per_second']),
+  }

@@ -1,0 +1,39 @@
+"""Prints the images a second of Keras' own Xception, training or inference."""
+
+import argparse
+import os
+import statistics
+import time
+
+os.environ['KERAS_BACKEND'] = 'tensorflow'
+
+import keras
+import numpy as np
+
+WARM_UP_STEPS = 3
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument('--mode', choices=['train', 'inference'], required=True)
+parser.add_argument('--precision', choices=['float32', 'bfloat16'], required=True)
+parser.add_argument('--batch_size', type=int, required=True)
+parser.add_argument('--image_size', type=int, required=True)
+parser.add_argument('--steps', type=int, required=True)
+args = parser.parse_args()
+
+if args.precision == 'bfloat16':
+  keras.mixed_precision.set_global_policy('mixed_bfloat16')
+shape = args.image_size, args.image_size, 3
+images = np.random.default_rng(0).normal(size=(args.batch_size, *shape)).astype(np.float32)
+labels = np.arange(args.batch_size) % 5
+model = keras.applications.Xception(weights=None, classes=5, input_shape=shape)
+model.compile(keras.optimizers.Adam(), 'sparse_categorical_crossentropy')
+
+seconds = []
+for _ in range(WARM_UP_STEPS + args.steps):
+  start = time.perf_counter()
+  if args.mode == 'train':
+    model.train_on_batch(images, labels)
+  else:
+    model.predict_on_batch(images)
+  seconds.append(time.perf_counter() - start)
+print(args.batch_size / statistics.median(seconds[WARM_UP_STEPS:]))

@@ -1,0 +1,170 @@
+"""Speed, memory and start-up of the network: training, inference, training on the flowers.
+
+Each function measures one thing in this process; `benchmark.py` starts a new
+process for every measurement, because memory and start-up belong to one.
+"""
+
+import functools
+import os
+import resource
+import time
+
+import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+from tensorflow.python.framework import ops
+import tf_slim as slim
+
+import batch_norm_folding
+import flowers
+import precision as precisions
+import towers
+import train_flowers
+import xception
+
+NUM_CLASSES = 5
+WARM_UP_STEPS = 3
+# A training step computes the gradients of images and kernels too: three products for one.
+TRAINING_FACTOR = 3
+LIMIT_SIZE, LIMIT_PRODUCTS = 4096, 5  # of the matrix products that are the limit
+DATASET_DIR = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'dataset')
+
+
+def count_flops(image_size, depth_multiplier=1.0, num_classes=NUM_CLASSES):
+  """Returns the floating-point operations of one image's way forward.
+
+  Counted from the graph: two for each multiply-add of convolutions and matrix
+  products; all else is less than a hundredth.
+  """
+  with tf.Graph().as_default() as graph, slim.arg_scope(xception.xception_arg_scope()):
+    xception.xception(tf.zeros([1, image_size, image_size, 3]), num_classes, is_training=False,
+                      depth_multiplier=depth_multiplier)
+    return sum(ops.get_stats_for_node_def(graph, op.node_def, 'flops').value
+               for op in graph.get_operations()
+               if op.type in ('Conv2D', 'DepthwiseConv2dNative', 'MatMul'))
+
+
+def measure_limit(precision):
+  """Returns the operations a second of large matrix products, the median of five."""
+  dtype = tf.bfloat16 if precision == 'bfloat16' else tf.float32
+  with tf.Graph().as_default():
+    factor = tf.get_variable(
+        'factor', [LIMIT_SIZE, LIMIT_SIZE], dtype, tf.ones_initializer(), trainable=False)
+    product = tf.matmul(factor, factor).op
+    with tf.Session() as session:
+      session.run(tf.global_variables_initializer())
+      seconds = time_steps(lambda: session.run(product), LIMIT_PRODUCTS)
+  return 2 * LIMIT_SIZE**3 / np.median(seconds)
+
+
+def time_steps(step, num_steps):
+  """Calls a function, after a warm-up; returns the seconds of each call."""
+  for _ in range(WARM_UP_STEPS):
+    step()
+  seconds = []
+  for _ in range(num_steps):
+    start = time.perf_counter()
+    step()
+    seconds.append(time.perf_counter() - start)
+  return seconds
+
+
+def measure_training(batch_size, image_size, devices, precision, xla, num_steps, real_images):
+  """Measures training steps of the full network.
+
+  Args:
+    batch_size, image_size: of a step.
+    devices: device of each tower.
+    precision, xla: as for `precision.check`.
+    num_steps: steps that are timed.
+    real_images: False trains on one batch again and again; True on the shipped
+      flowers, through the whole input pipeline.
+
+  Returns:
+    Dict of figures, see `figures`.
+  """
+  start = time.perf_counter()
+  shape = [batch_size, image_size, image_size, 3]
+  if real_images:
+    batch = flowers.load_numbered_batch(
+        flowers.get_split('train', DATASET_DIR), *shape[:3], is_training=True)
+  else:
+    images = tf.get_variable('images', shape, trainable=False)
+    positions = tf.range(batch_size, dtype=tf.int64)
+    batch = images, positions % NUM_CLASSES, positions
+  loss_fn = functools.partial(
+      train_flowers.tower_loss, num_classes=NUM_CLASSES, is_training=True, depth_multiplier=1.0,
+      dropout_keep_prob=0.5, label_smoothing=0.0, seed=0)
+  learning_rate = tf.constant(0.001)
+  with slim.arg_scope(xception.xception_arg_scope()):
+    step = train_flowers.build_train_step(
+        *batch, loss_fn, tf.train.AdamOptimizer(learning_rate), learning_rate, devices,
+        tf.train.get_or_create_global_step())
+  graph_seconds = time.perf_counter() - start
+  config = towers.session_config(devices)
+  precisions.set_session_options(config, precision, xla)
+  with tf.Session(config=config) as session:
+    session.run(tf.global_variables_initializer())
+    first_step_seconds = _seconds(lambda: session.run(step.train_op))
+    seconds = time_steps(lambda: session.run([step.train_op, step.global_step]), num_steps)
+  return figures(seconds, batch_size, TRAINING_FACTOR * count_flops(image_size), precision,
+                 graph_seconds, first_step_seconds)
+
+
+def measure_inference(batch_size, image_size, devices, precision, xla, num_steps):
+  """Measures the frozen graph, its batch norms folded; arguments and result as for training."""
+  start = time.perf_counter()
+  with tf.Graph().as_default(), tf.Session() as session:
+    images = tf.placeholder(tf.float32, [None, image_size, image_size, 3], name='input')
+    with slim.arg_scope(xception.xception_arg_scope()):
+      _, end_points = xception.xception(images, NUM_CLASSES, is_training=False)
+    tf.identity(end_points['Predictions'], name='output')
+    session.run(tf.global_variables_initializer())
+    graph_def = tf.graph_util.convert_variables_to_constants(
+        session, tf.get_default_graph().as_graph_def(), ['output'])
+  graph_def = batch_norm_folding.fold(graph_def, 'output')
+  graph_seconds = time.perf_counter() - start
+  batch = np.random.default_rng(0).normal(size=[batch_size, image_size, image_size, 3])
+  config = towers.session_config(devices)
+  precisions.set_session_options(config, precision, xla)
+  with tf.Graph().as_default(), tf.device(devices[0]), tf.Session(config=config) as session:
+    tf.import_graph_def(graph_def, name='')
+    run = functools.partial(session.run, 'output:0', {'input:0': batch.astype(np.float32)})
+    first_step_seconds = _seconds(run)
+    seconds = time_steps(run, num_steps)
+  return figures(seconds, batch_size, count_flops(image_size), precision, graph_seconds,
+                 first_step_seconds)
+
+
+def figures(seconds, batch_size, flops, precision, graph_seconds, first_step_seconds):
+  """Returns what is reported of a measurement.
+
+  Args:
+    seconds: list of floats, of each step.
+    batch_size: images of a step.
+    flops: operations of an image.
+    precision: the limit's.
+    graph_seconds, first_step_seconds: of building the graph and the first step.
+  """
+  peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+  images_per_second = batch_size / np.median(seconds)
+  limit = measure_limit(precision)
+  return {
+      'images_per_second': float(images_per_second),
+      'seconds_per_step': float(np.median(seconds)),
+      'seconds_per_step_p10': float(np.percentile(seconds, 10)),
+      'seconds_per_step_p90': float(np.percentile(seconds, 90)),
+      'fraction_of_limit': float(flops * images_per_second / limit),
+      'limit_gflops_per_second': float(limit / 1e9),
+      'gflops_per_image': flops / 1e9,
+      'peak_memory_mib': peak_memory,
+      'graph_seconds': graph_seconds,
+      'first_step_seconds': first_step_seconds,
+  }
+
+
+def _seconds(function):
+  start = time.perf_counter()
+  function()
+  return time.perf_counter() - start
