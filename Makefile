@@ -38,7 +38,7 @@ test-hostile: .venv/installed
 
 # Folded float32 and bfloat16 beside the unfolded graph, at 299 x 299.
 bench-frozen: .venv/installed
-	$(RUN) tests/frozen_speed.py
+	$(RUN) -m benchmarks.frozen_speed
 
 # Removes the environments only: never logs or data.
 clean:

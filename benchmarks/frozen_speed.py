@@ -1,6 +1,6 @@
 """Measures what folding and bfloat16 do for the paper's network, in one run.
 
-  python tests/frozen_speed.py --rounds 15
+  python -m benchmarks.frozen_speed --rounds 15
 
 Random weights, batch 8, 299 x 299. The graphs take turns, so that a slow minute
 of the machine hits them all; the medians count.
@@ -8,40 +8,23 @@ of the machine hits them all; the medians count.
 
 import argparse
 import collections
-import os
 import statistics
-import sys
 import tempfile
 import time
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
 
 import numpy as np
 import tensorflow.compat.v1 as tf
-import tf_slim as slim
 
 import batch_norm_folding
+from benchmarks import network
 import frozen_models
 import graph_formats
 import write_pb
-import xception
 
 IMAGE_SIZE, BATCH_SIZE = 299, 8
 CLASS_NAMES = ['daisy', 'dandelion', 'roses', 'sunflowers', 'tulips']
-
-
-def build_graph():
-  """Returns the frozen graph, not folded, of a network with random weights."""
-  with tf.Graph().as_default(), tf.Session() as session:
-    images = tf.placeholder(tf.float32, [None, IMAGE_SIZE, IMAGE_SIZE, 3], name='input')
-    with slim.arg_scope(xception.xception_arg_scope()):
-      _, end_points = xception.xception(images, len(CLASS_NAMES), is_training=False)
-    tf.identity(end_points['Predictions'], name='output')
-    session.run(tf.global_variables_initializer())
-    return tf.graph_util.convert_variables_to_constants(
-        session, tf.get_default_graph().as_graph_def(), ['output'])
 
 
 def main():
@@ -49,7 +32,7 @@ def main():
   parser.add_argument('--rounds', type=int, default=15)
   args = parser.parse_args()
 
-  plain = build_graph()
+  plain = network.frozen_graph(IMAGE_SIZE)
   folded = batch_norm_folding.fold(plain, 'output')
   bfloat16 = graph_formats.to_bfloat16(folded)
   models = {}
