@@ -10,7 +10,7 @@ TRAIN_FLAGS ?= --image_size 128 --depth_multiplier 0.5
 
 RUN = .venv/bin/python
 
-.PHONY: train eval freeze tensorboard test test-clients test-hostile bench-frozen clean
+.PHONY: train eval freeze tensorboard test test-clients test-hostile test-browser benchmark bench-frozen clean
 
 train: .venv/installed
 	$(RUN) train_flowers.py --dataset_dir $(DATASET_DIR) --log_dir $(LOG_DIR) $(TRAIN_FLAGS)
@@ -35,6 +35,15 @@ test-clients: .venv-clients/installed
 # 10,000 damaged images, with the frozen model of make freeze.
 test-hostile: .venv/installed
 	$(RUN) tests/hostile_images.py --graph frozen_model_xception.pb
+
+# TensorBoard in a real browser; needs Chromium: apt install chromium
+test-browser: .venv/installed
+	$(RUN) -m pip install -q -r requirements-browser.txt
+	$(RUN) -m pytest -q tests/tensorboard_browser.py
+
+# Speed that was gained must stay; on an idle machine.
+benchmark: .venv/installed
+	$(RUN) -m pytest -q -s tests/speed_gains.py
 
 # Folded float32 and bfloat16 beside the unfolded graph, at 299 x 299.
 bench-frozen: .venv/installed

@@ -1,0 +1,92 @@
+"""Checks that what was gained in speed is still there; run by `make benchmark`.
+
+Every bound is about half of the gain that README reports: machines differ, and
+this is to notice a gain that is lost, not one that is smaller.
+"""
+
+import functools
+import time
+import unittest
+from unittest import mock
+
+import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+
+import tensorflow.compat.v1 as tf
+
+import batch_norm_folding
+from benchmarks import input_pipeline
+from benchmarks import network
+from benchmarks import peers
+from benchmarks import rounds
+import fast_gradients
+import precision
+import towers
+
+IMAGE_SIZE, BATCH_SIZE, NUM_STEPS, NUM_ROUNDS = 299, 8, 5, 3
+
+
+def setUpModule():
+  tf.disable_v2_behavior()
+  tf.enable_resource_variables()
+
+
+def training_rate():
+  """Images a second of training steps."""
+  with tf.Graph().as_default():
+    return network.measure_training(
+        BATCH_SIZE, IMAGE_SIZE, ['/cpu:0'], 'float32', False, NUM_STEPS, real_images=False
+    )['images_per_second']
+
+
+def slim_training_rate():
+  """Images a second of training steps with the gradients that TensorFlow registers."""
+  with mock.patch.object(fast_gradients, 'override',
+                         lambda: tf.get_default_graph().gradient_override_map({})):
+    return training_rate()
+
+
+def inference_rate(fold, precision_name):
+  """Images a second of a frozen graph."""
+  with mock.patch.object(batch_norm_folding, 'fold',
+                         batch_norm_folding.fold if fold else lambda graph_def, name: graph_def):
+    return network.measure_inference(BATCH_SIZE, IMAGE_SIZE, ['/cpu:0'], precision_name, False,
+                                     NUM_STEPS)['images_per_second']
+
+
+class GainsTest(unittest.TestCase):
+
+  def compare(self, faster, slower, at_least):
+    rates = rounds.take_turns({'faster': faster, 'slower': slower}, NUM_ROUNDS)
+    ratio = rates['faster'] / rates['slower']
+    print(f'\n{self.id().split(".")[-1]}: {ratio:.2f} x, {at_least} asked', flush=True)
+    self.assertGreater(ratio, at_least)
+
+  def test_gradients_by_matrix_products(self):
+    self.compare(training_rate, slim_training_rate, 1.05)
+
+  def test_folding_in_bfloat16(self):
+    try:
+      precision.check('bfloat16', False, ['/cpu:0'])
+    except towers.DeviceError as error:
+      self.skipTest(str(error))
+    self.compare(functools.partial(inference_rate, True, 'bfloat16'),
+                 functools.partial(inference_rate, False, 'float32'), 1.4)
+
+  def test_peers(self):
+    for row in peers.compare(BATCH_SIZE, IMAGE_SIZE, NUM_STEPS, NUM_ROUNDS):
+      print(f'\n{row["mode"]} {row["precision"]} beside {row["peer"]}: {row["ratio"]:.2f} x',
+            flush=True)
+      if 'Keras' in row['peer']:
+        self.assertGreater(row['ratio'], 1.15 if row['mode'] == 'train' else 1.0)
+
+  def test_input(self):
+    figures = input_pipeline.measure(NUM_ROUNDS)
+    print(f'\ninput: {figures["ratio_to_slim"]:.2f} x slim, {figures["ratio_to_keras"]:.2f} x '
+          f'Keras, training at {figures["ratio_to_synthetic_training"]:.3f}', flush=True)
+    self.assertGreater(figures['ratio_to_slim'], 1.3)
+    self.assertGreater(figures['ratio_to_keras'], 2)
+    self.assertGreater(figures['ratio_to_synthetic_training'], 0.9)
+
+
+if __name__ == '__main__':
+  unittest.main()
