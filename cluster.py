@@ -250,6 +250,10 @@ class Workers(Alone):
       try:
         with self.session() as session:
           rows = session.run(total)
+      except tf.errors.InternalError as error:  # how TensorFlow refuses a group of another size
+        raise ClusterError(f'{self}: TF_CONFIG names {self.size} workers here and others '
+                           'elsewhere: it must name the same ones, in the same order, on every '
+                           'worker') from error
       except PEER_ERRORS as error:
         raise self.explain(error) from error
     return [json.loads(row.tobytes()) for row in rows]
@@ -361,7 +365,7 @@ class Workers(Alone):
       return None
     # The session may wait for its peers once more when it is closed.
     self._watchdog.expect(LEAVE_SECS, 'The session did not close', None)
-    return ClusterError(f'{self} lost the others ({_first_line(error)}). {self.absent()}'
+    return ClusterError(f'{self} lost the others ({type(error).__name__}). {self.absent()}'
                         f'{START_AGAIN}')
 
   def leave(self):
@@ -378,6 +382,12 @@ class Workers(Alone):
     """Returns the sum of a tensor over the workers."""
     return self._all_reduce(tensor, self._new_key(), 'Id')
 
+  def absent(self):
+    """Returns a sentence about the workers that cannot be reached, or nothing."""
+    absent = [f'{index} ({address})' for index, address in enumerate(self._addresses)
+              if index != self.index and not _is_listening(address)]
+    return f'Nothing answers at worker {", ".join(absent)}. ' if absent else ''
+
   def _all_reduce(self, tensor, key, final_op):
     return collective_ops.all_reduce(tensor, self.size, GROUP_KEY, key, 'Add', final_op,
                                      communication_hint='ring')
@@ -393,12 +403,6 @@ class Workers(Alone):
       rows = tf.concat([tf.zeros([self.index * length], row.dtype), row,
                         tf.zeros([(self.size - 1 - self.index) * length], row.dtype)], 0)
       return tf.reshape(self._all_reduce(rows, self._new_key(), 'Id'), [self.size, length])
-
-  def _absent(self):
-    """Returns a sentence about the workers that cannot be reached, or nothing."""
-    absent = [f'{index} ({address})' for index, address in enumerate(self._addresses)
-              if index != self.index and not _is_listening(address)]
-    return f'Nothing answers at worker {", ".join(absent)}. ' if absent else ''
 
 
 class _TogetherHook(tf.train.SessionRunHook):
