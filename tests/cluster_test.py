@@ -33,7 +33,7 @@ TRAIN = ['--dataset_dir', DATASET_DIR, '--image_size', '71', '--depth_multiplier
          '--step_timeout_secs', '15']
 # Steps in which rounding stays rounding: small, and with frozen batch norm.
 GENTLE = ['--frozen', '--optimizer', 'sgd', '--momentum', '0', '--learning_rate', '0.001',
-          '--dropout_keep_prob', '1']
+          '--clip_gradient_norm', '1', '--dropout_keep_prob', '1']
 STEP_TIMEOUT_SECS = 15
 END_SECS = 120  # in which every process must have ended, whatever was done to it
 
@@ -188,7 +188,8 @@ class ClusterTestCase(tf.test.TestCase):
       except subprocess.TimeoutExpired:
         self.fail(f'Worker {i} did not end:\n{self.output(name, i)}')
       seconds.append(time.monotonic() - begin)
-      lines.append(self.output(name, i).strip().splitlines()[-1])
+      lines.append([line for line in self.output(name, i).strip().splitlines()
+                    if not re.match(r'[IWE]\d{4} ', line)][-1])  # TensorFlow's own log
       expected = codes[i] if codes else 0
       self.assertEqual(process.returncode, expected, self.output(name, i))
     return lines, seconds
@@ -222,13 +223,14 @@ class ClusterTestCase(tf.test.TestCase):
     for name, value in weights.items():
       self.assertEqual(value.tobytes(), others[name].tobytes(), name)
 
-  def assertClose(self, weights, expected, tolerance):
-    """Asserts that the norm of the difference of all trained weights is small."""
-    names = [name for name in expected if 'moving_' not in name and 'Xception' in name]
-    difference = sum(np.square(weights[name] - expected[name], dtype=np.float64).sum()
+  def distance(self, weights, others):
+    """Returns the norm of the difference of all trained weights, beside that of the weights."""
+    names = [name for name in weights
+             if name.startswith('Xception') and name.endswith(('weights', 'biases', 'beta'))]
+    difference = sum(np.square(weights[name] - others[name], dtype=np.float64).sum()
                      for name in names)
-    norm = sum(np.square(expected[name], dtype=np.float64).sum() for name in names)
-    self.assertLess(np.sqrt(difference / norm), tolerance)
+    norm = sum(np.square(weights[name], dtype=np.float64).sum() for name in names)
+    return np.sqrt(difference / norm)
 
   def assertNoTraceback(self, name, size):
     for i in range(size):
@@ -250,7 +252,7 @@ class TogetherTest(ClusterTestCase):
     self.assertLen(self.losses('pair', 0), 6)
     self.assertEqual(self.losses('pair', 0), self.losses('pair', 1))
     self.assertEqual(self.losses('pair', 0), self.losses('alone'))
-    self.assertClose(weights, alone, 1e-5)
+    self.assertLess(self.distance(alone, weights), 1e-5)
 
   def test_kill_9_of_a_worker_and_restart(self):
     options = ['--save_interval_steps', '2', '--max_number_of_steps', '400']
@@ -279,16 +281,14 @@ class LargerTest(ClusterTestCase):
     self.train_alone('start', '--max_number_of_steps', '20')
     options = [*GENTLE, '--max_number_of_steps', '10', '--checkpoint_path', self.path('start')]
     alone = self.train_alone('alone', *options)
-    start = tf.train.load_checkpoint(self.path('start'))
-    changes = [np.abs(value - start.get_tensor(name)).max() for name, value in alone.items()
-               if name.endswith('weights')]
-    self.assertGreater(np.median(changes), 1e-5)  # there were steps
+    steps = self.distance(alone, self.weights('start'))
     for size, towers in ((2, 1), (3, 1), (2, 2)):
       name = f'{size}x{towers}'
       weights, *others = self.train(name, size, *options, '--num_clones', str(towers))
       for other in others:
         self.assertIdentical(weights, other)
-      self.assertClose(weights, alone, 1e-6)
+      self.assertLess(self.distance(alone, weights), 1e-6)
+      self.assertLess(self.distance(alone, weights), steps / 100)
       self.assertEqual(weights['next_image'], alone['next_image'])
 
   def test_restarted_training_is_uninterrupted_training(self):
@@ -307,7 +307,7 @@ class LargerTest(ClusterTestCase):
   def test_evaluation_has_every_image_and_is_that_of_one_process(self):
     options = [*GENTLE, '--max_number_of_steps', '4', '--eval_every_epochs', '0.06']
     self.train('pair', 2, *options)
-    self.train_alone('alone', *options)
+    self.train_alone('alone', *options, '--num_clones', '2')
     pattern = re.compile(r'^validation at step \d.*$', re.MULTILINE)
     found = pattern.findall(self.output('pair', 0))
     self.assertLen(found, 2)
