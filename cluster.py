@@ -61,12 +61,8 @@ class ClusterError(Exception):
   """The workers cannot train together; the message says why and what to do."""
 
 
-def find_workers(all_reduce_precision='float32'):
+def find_workers():
   """Reads TF_CONFIG.
-
-  Args:
-    all_reduce_precision: number format of gradients between workers, one of
-      PRECISIONS.
 
   Returns:
     `Workers` of the cluster, or `Alone` without TF_CONFIG or if it names one.
@@ -90,8 +86,7 @@ def find_workers(all_reduce_precision='float32'):
   except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise ClusterError(f'TF_CONFIG cannot be understood ({error}): expected JSON like {example}, '
                        f'got {os.environ["TF_CONFIG"]}') from error
-  return Alone() if size == 1 else Workers(spec, task_type, task_id, size, index,
-                                           all_reduce_precision)
+  return Alone() if size == 1 else Workers(spec, task_type, task_id, size, index)
 
 
 class Alone:
@@ -141,8 +136,14 @@ class Alone:
       ClusterError: it differs; the message names the first setting and both values.
     """
 
-  def average(self, tensors):
-    """Returns the means of float32 tensors over the workers: here each waits for the slowest."""
+  def average(self, tensors, precision='float32', bucket_bytes=BUCKET_BYTES):
+    """Returns the means of float32 tensors over the workers: here each waits for the slowest.
+
+    Args:
+      tensors: list of float32 tensors of known shapes.
+      precision: number format in which they travel and are added, one of PRECISIONS.
+      bucket_bytes: see `make_buckets`.
+    """
     return tensors
 
   def average_variables(self, variables, updates):
@@ -188,14 +189,13 @@ class Alone:
 class Workers(Alone):
   """Several workers, one of which this process is."""
 
-  def __init__(self, spec, task_type, task_id, size, index, all_reduce_precision):
+  def __init__(self, spec, task_type, task_id, size, index):
     """Initializes the workers; see `find_workers`.
 
     Args:
       spec: tf.train.ClusterSpec of jobs 'chief' and 'worker'.
       task_type, task_id: job of this process, and its number in the job.
       size, index: number of workers, and of this one among them.
-      all_reduce_precision: one of PRECISIONS.
     """
     self.size = size
     self.index = index
@@ -204,7 +204,6 @@ class Workers(Alone):
     self.stopped_by = None
     self._spec = spec
     self._task = task_type, task_id
-    self._wire_type = PRECISIONS[all_reduce_precision]
     self._addresses = [address for job in ('chief', 'worker') if job in spec.jobs
                        for address in spec.job_tasks(job)]
     self._next_key = FIRST_TRAINING_KEY
@@ -232,7 +231,7 @@ class Workers(Alone):
     try:
       self._server = tf.train.Server(self._spec, job, task, config=session_config)
     except (tf.errors.OpError, RuntimeError) as error:
-      raise ClusterError(f'{self} cannot start its server: {_first_line(error)} Is its port '
+      raise ClusterError(f'{self} cannot start its server: {_first_line(error)}. Is its port '
                          'taken, or is this not the machine that TF_CONFIG calls so?') from error
     self.master = self._server.target
 
@@ -268,14 +267,15 @@ class Workers(Alone):
               f'train together: {name} is {value} and {others.get(name)}. Start all with the same '
               'options, data and code')
 
-  def average(self, tensors):
+  def average(self, tensors, precision='float32', bucket_bytes=BUCKET_BYTES):
     averaged = [None] * len(tensors)
-    for bucket in make_buckets([tensor.shape.num_elements() * 4 for tensor in tensors]):
+    sizes = [tensor.shape.num_elements() * 4 for tensor in tensors]
+    for bucket in make_buckets(sizes, bucket_bytes):
       parts = [tensors[i] for i in bucket]
       with tf.device('/cpu:0'):
         flat = tf.concat([tf.reshape(part, [-1]) for part in parts], 0)
-        mean = tf.cast(self._all_reduce(tf.cast(flat, self._wire_type), self._new_key(), 'Div'),
-                       tf.float32)
+        mean = self._all_reduce(tf.cast(flat, PRECISIONS[precision]), self._new_key(), 'Div')
+        mean = tf.cast(mean, tf.float32)
         split = tf.split(mean, [part.shape.num_elements() for part in parts])
       for i, part, flat_part in zip(bucket, parts, split):
         averaged[i] = tf.reshape(flat_part, part.shape)
@@ -455,9 +455,6 @@ class _ArraySum:
   def __call__(self, array):
     return self._session.run(self._sum, {self._array: array}).reshape(self._shape)
 
-  def close(self):
-    self._session.close()
-
 
 class _Watchdog(threading.Thread):
   """Ends this process if what it waits for does not come in time.
@@ -494,7 +491,7 @@ class _Watchdog(threading.Thread):
       time.sleep(WATCH_SECS)
 
 
-def make_buckets(sizes, bucket_bytes=BUCKET_BYTES):
+def make_buckets(sizes, bucket_bytes):
   """Groups tensors that are sent together.
 
   In reverse order: the gradients of the last variables are there first, and

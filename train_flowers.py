@@ -15,7 +15,6 @@ import collections
 import dataclasses
 import functools
 import math
-import os
 import sys
 
 import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
@@ -110,7 +109,8 @@ def tower_loss(images, labels, positions, num_classes, is_training, depth_multip
 
 def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rate, devices,
                      global_step, accumulate_steps=1, clip_gradient_norm=0.0,
-                     moving_average_decay=0.0, trainable_scopes=(), workers=cluster.Alone()):
+                     moving_average_decay=0.0, trainable_scopes=(), workers=cluster.Alone(),
+                     all_reduce_precision='float32'):
   """Builds one step: towers, averaged gradients, the update of the weights.
 
   Args:
@@ -124,7 +124,7 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
     accumulate_steps: int, parts of a tower's images that are computed in turn.
     clip_gradient_norm, moving_average_decay: see `optimization.Recipe`.
     trainable_scopes: see `fine_tuning`.
-    workers: cluster.Workers or Alone.
+    workers, all_reduce_precision: who trains, and see their `average`.
 
   Returns:
     A TrainStep.
@@ -143,7 +143,7 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
     gradients = towers.average_gradients(tower_gradients)
     # And here every worker, for the workers' mean.
     gradients, variables = zip(*gradients)
-    gradients = list(zip(workers.average(gradients), variables))
+    gradients = list(zip(workers.average(gradients, all_reduce_precision), variables))
     cross_entropy, accuracy, last_position = workers.combine(
         tf.add_n(losses) / len(losses), tf.add_n(accuracies) / len(accuracies), positions[-1])
 
@@ -359,7 +359,7 @@ def build_graph(plan, args, recipe, workers):
     return build_train_step(
         *batch, loss_fn, optimizer, learning_rate, plan.devices, global_step,
         args.accumulate_steps, recipe.clip_gradient_norm, recipe.moving_average_decay,
-        args.trainable_scopes, workers)
+        args.trainable_scopes, workers, args.all_reduce_precision)
 
 
 def restore_weights(plan, args, workers):
@@ -402,12 +402,14 @@ def build_hooks(plan, args, step, scaffold, workers):
   if workers.is_chief:
     hooks.update(build_chief_hooks(plan, args, step, scaffold, writer))
   if args.eval_every_epochs:
+    # All workers decide by the chief's record, so that they stop together.
+    best = workers.exchange(evaluation_hook.read_best(plan.log_dir))[0]
     hooks['evaluation'] = evaluation_hook.EvaluationHook(
         evaluation.Evaluator(
             plan.validation, plan.config,
             args.batch_size // (workers.size * len(plan.devices)), plan.devices, workers=workers),
         step.global_step, scaffold.saver, plan.log_dir, plan.config,
-        max(1, round(args.eval_every_epochs * plan.steps_per_epoch)), plan.max_steps,
+        max(1, round(args.eval_every_epochs * plan.steps_per_epoch)), plan.max_steps, best,
         args.early_stop_patience)
   if args.profile_steps:
     hooks['profile'] = training_hooks.ProfileHook(
@@ -451,7 +453,7 @@ def settings_to_share(plan, args, recipe):
 
 def main(args):
   recipe = options.recipe(args)
-  workers = cluster.find_workers(args.all_reduce_precision)
+  workers = cluster.find_workers()
   inputs = find_inputs(args, workers.size)
   session_config = towers.session_config(inputs[-1])
   precision.set_session_options(session_config, args.precision, args.xla)

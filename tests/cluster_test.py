@@ -32,7 +32,7 @@ TRAIN = ['--dataset_dir', DATASET_DIR, '--image_size', '71', '--depth_multiplier
          'fixed', '--log_every_n_steps', '1', '--startup_timeout_secs', '90',
          '--step_timeout_secs', '15']
 # Steps in which rounding stays rounding: small, and with frozen batch norm.
-GENTLE = ['--frozen', '--optimizer', 'sgd', '--momentum', '0', '--learning_rate', '0.001',
+GENTLE = ['--frozen', '--optimizer', 'sgd', '--momentum', '0', '--learning_rate', '0.0002',
           '--clip_gradient_norm', '1', '--dropout_keep_prob', '1']
 STEP_TIMEOUT_SECS = 15
 END_SECS = 120  # in which every process must have ended, whatever was done to it
