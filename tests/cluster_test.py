@@ -105,7 +105,7 @@ class BucketsTest(tf.test.TestCase):
   def test_last_first_and_closed_when_full(self):
     self.assertEqual(cluster.make_buckets([5, 1, 4, 3, 2], bucket_bytes=5), [[4, 3], [2, 1], [0]])
     self.assertEqual(cluster.make_buckets([1, 9, 1], bucket_bytes=5), [[2, 1], [0]])
-    self.assertEqual(cluster.make_buckets([]), [])
+    self.assertEqual(cluster.make_buckets([], bucket_bytes=5), [])
 
 
 class InputTest(tf.test.TestCase):
