@@ -10,7 +10,8 @@ TRAIN_FLAGS ?= --image_size 128 --depth_multiplier 0.5
 
 RUN = .venv/bin/python
 
-.PHONY: train eval freeze tensorboard test test-clients test-hostile test-browser benchmark bench-frozen clean
+.PHONY: train eval freeze tensorboard test test-cluster test-browser test-clients test-hostile \
+	benchmark bench-frozen cluster-demo clean
 
 train: .venv/installed
 	$(RUN) train_flowers.py --dataset_dir $(DATASET_DIR) --log_dir $(LOG_DIR) $(TRAIN_FLAGS)
@@ -26,6 +27,15 @@ tensorboard: .venv/installed
 
 test: .venv/installed
 	$(RUN) -m pytest -q xception_test.py tests
+
+# Larger clusters, and every way in which a worker can fail.
+test-cluster: .venv/installed
+	CLUSTER_TESTS=1 $(RUN) -m pytest -q tests/cluster_test.py
+
+# Two workers on this machine train on the flowers: a minute or two.
+cluster-demo: .venv/installed
+	rm -rf log_cluster
+	bash manifests/demo.sh $(RUN) log_cluster
 
 # A frozen model in every program that README shows; they are installed beside .venv.
 test-clients: .venv-clients/installed

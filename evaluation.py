@@ -18,6 +18,7 @@ import tf_slim as slim
 import tqdm
 
 import checkpoints
+import cluster
 import flowers
 import towers
 import xception
@@ -40,19 +41,21 @@ class ImageReader:
     num_images: how many there are, bad records included.
   """
 
-  def __init__(self, dataset, batch_size, image_size):
+  def __init__(self, dataset, batch_size, image_size, worker=0, num_workers=1):
     """Initializes the reader.
 
     Args:
       dataset: slim Dataset from `flowers.get_split`.
       batch_size: images of a batch; the last may have fewer.
       image_size: height and width of the images in pixels.
+      worker, num_workers: reads every num_workers-th image, from `worker` on.
     """
     self.num_images = dataset.num_samples
     self._graph = tf.Graph()
     with self._graph.as_default():
       self._batch = flowers.load_numbered_batch(
-          dataset, batch_size, image_size, image_size, is_training=False)
+          dataset, batch_size, image_size, image_size, is_training=False, worker=worker,
+          num_workers=num_workers)
 
   def __iter__(self):
     """Yields images, labels and positions of `flowers.load_numbered_batch` as arrays."""
@@ -104,7 +107,8 @@ class Evaluator:
   number of them, and so is every bit of the result.
   """
 
-  def __init__(self, dataset, config, batch_size, devices=None, show_progress=False):
+  def __init__(self, dataset, config, batch_size, devices=None, show_progress=False,
+               workers=cluster.Alone()):
     """Builds the graph.
 
     Args:
@@ -115,10 +119,14 @@ class Evaluator:
       devices: list of device names from `towers.tower_devices`; None is every
         GPU, or the CPU of a machine without.
       show_progress: shows a bar on a terminal.
+      workers: cluster.Workers or Alone, who share the images and all have the
+        result of all.
     """
+    self._workers = workers
     devices = devices or towers.tower_devices()
     self._show_progress = show_progress
-    self._reader = ImageReader(dataset, batch_size, config.image_size)
+    self._reader = ImageReader(dataset, batch_size, config.image_size, workers.index,
+                               workers.size)
     self._savers = {}
     self._graph = tf.Graph()
     with self._graph.as_default(), slim.arg_scope(xception.xception_arg_scope()):
@@ -146,7 +154,8 @@ class Evaluator:
     uses_averages = self._restore(checkpoint, use_averages)
     result = run_pass(self._reader, self._predict, len(self._towers), image_indices, num_mistakes,
                       self._show_progress)
-    return result._replace(uses_averages=uses_averages)
+    return self._workers.merge(result._replace(uses_averages=uses_averages),
+                               self._reader.num_images)
 
   def close(self):
     """Gives back the memory of the weights."""

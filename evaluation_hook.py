@@ -27,7 +27,7 @@ class EvaluationHook(tf.train.SessionRunHook):
   """
 
   def __init__(self, evaluator, global_step, saver, log_dir, config, every_n_steps, max_steps,
-               patience=None):
+               best, patience=None):
     """Initializes the hook.
 
     Args:
@@ -38,6 +38,7 @@ class EvaluationHook(tf.train.SessionRunHook):
       config: ModelConfig, stored beside the best checkpoint.
       every_n_steps: steps between two evaluations.
       max_steps: the step that training ends with, which is evaluated too.
+      best: what `read_best` returned.
       patience: evaluations without improvement after which training stops, or None.
     """
     self.stopped_early = None
@@ -50,7 +51,7 @@ class EvaluationHook(tf.train.SessionRunHook):
     self._max_steps = max_steps
     self._patience = patience
     self._best_dir = os.path.join(log_dir, BEST_DIR)
-    self._best = self._read_best()
+    self._best = best
 
   def begin(self):
     self._best_saver = tf.train.Saver(max_to_keep=1)
@@ -108,16 +109,24 @@ class EvaluationHook(tf.train.SessionRunHook):
                        (json.dumps(found, indent=2) + '\n').encode())
     self._best = found
 
-  def _read_best(self):
-    try:
-      with open(os.path.join(self._best_dir, METRICS_FILE), encoding='utf-8') as f:
-        return json.load(f)
-    except FileNotFoundError:
-      return None
-    except ValueError as error:
-      raise checkpoints.CheckpointError(
-          f'{self._best_dir}/{METRICS_FILE} cannot be read ({error}): remove {self._best_dir}, '
-          'or choose another --log_dir') from error
+
+def read_best(log_dir):
+  """Returns global_step, accuracy and loss of the best checkpoint of log_dir; None without one.
+
+  Raises:
+    checkpoints.CheckpointError: they cannot be read.
+  """
+  best_dir = os.path.join(log_dir, BEST_DIR)
+  try:
+    with open(os.path.join(best_dir, METRICS_FILE), encoding='utf-8') as f:
+      found = json.load(f)
+      return {name: found[name] for name in ('global_step', 'accuracy', 'loss')}
+  except FileNotFoundError:
+    return None
+  except (ValueError, KeyError) as error:
+    raise checkpoints.CheckpointError(
+        f'{best_dir}/{METRICS_FILE} cannot be read ({error}): remove {best_dir}, '
+        'or choose another --log_dir') from error
 
 
 def _rank(found):

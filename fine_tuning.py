@@ -33,6 +33,14 @@ def trainable_variables(trainable_scopes=()):
           if not trainable_scopes or variable.op.name.startswith(tuple(trainable_scopes))]
 
 
+def moving_statistics(trainable_scopes=()):
+  """Returns the moving means and variances that training changes; () is all."""
+  trainable = {variable.ref() for variable in tf.trainable_variables()}
+  return [variable for variable in slim.get_model_variables()
+          if variable.ref() not in trainable
+          and (not trainable_scopes or variable.op.name.startswith(tuple(trainable_scopes)))]
+
+
 def arg_scope(trainable_scopes=()):
   """Returns an arg scope, for inside `xception_arg_scope()`, that freezes the other batch norms.
 

@@ -229,21 +229,34 @@ def load_batch(dataset, batch_size, height, width, is_training, seed=0, first_im
 
 
 def load_numbered_batch(dataset, batch_size, height, width, is_training, seed=0, first_image=0,
-                        num_readers=4, num_preprocessing_threads=tf.data.AUTOTUNE):
+                        num_readers=4, num_preprocessing_threads=tf.data.AUTOTUNE,
+                        worker=0, num_workers=1):
   """Does what `load_batch` does, and tells which images of the endless row they are.
 
+  Several workers share the images without reading those of the others. In
+  training each has its part of every batch: together they see what one sees
+  alone. At evaluation each has every num_workers-th image, in batches of
+  batch_size.
+
+  Args:
+    worker, num_workers: which worker's images; batch_size divides by num_workers.
+
   Returns:
-    images, labels: see `load_batch`.
-    positions: int64 [batch_size], rising from first_image on; a number that is
-      left out is that of a bad record. `record_number` turns a position of
-      training into a record; at evaluation they are the same.
+    images, labels: see `load_batch`; in training, batch_size / num_workers.
+    positions: int64, their numbers, rising; a number that is left out is that
+      of a bad record (see `training_position`). `record_number` turns a
+      position of training into a record; at evaluation they are the same.
   """
+  share = batch_size // num_workers if is_training else batch_size
+
   def read(positions):
     numbers = [record_number(position, dataset.num_samples, seed) for position in positions
                ] if is_training else positions
     return np.array([_read_or_empty(dataset.records, number) for number in numbers], object)
 
   def read_group(positions):
+    if is_training:
+      positions = training_position(positions, first_image, batch_size, worker, num_workers)
     records = tf.numpy_function(read, [positions], tf.string, stateful=False)
     return positions, tf.ensure_shape(records, [None])
 
@@ -262,18 +275,31 @@ def load_numbered_batch(dataset, batch_size, height, width, is_training, seed=0,
 
   with tf.device('/cpu:0'), tf.name_scope('load_batch'):
     if is_training:
-      positions = tf.data.Dataset.range(first_image, tf.int64.max)
+      positions = tf.data.Dataset.range(tf.int64.max)
     else:
-      positions = tf.data.Dataset.range(dataset.num_samples)
+      positions = tf.data.Dataset.range(worker, dataset.num_samples, num_workers)
     batches = (positions
                .batch(READ_GROUP)
                .map(read_group, num_readers)
                .unbatch()
                .map(load_image, num_preprocessing_threads)
                .ignore_errors()
-               .batch(batch_size, drop_remainder=is_training)
+               .batch(share, drop_remainder=is_training)
                .prefetch(tf.data.AUTOTUNE))
     return tf.data.make_one_shot_iterator(batches).get_next()
+
+
+def training_position(index, first_image, batch_size, worker=0, num_workers=1):
+  """Returns the position, in the endless row of all images, of one in a worker's own row.
+
+  Args:
+    index: int or int64 tensor, of the image in the worker's row.
+    first_image: position that the first batch begins with.
+    batch_size: images per step, summed over workers.
+    worker, num_workers: whose row it is.
+  """
+  share = batch_size // num_workers
+  return first_image + index // share * batch_size + worker * share + index % share
 
 
 def record_number(position, num_samples, seed):

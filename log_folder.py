@@ -9,6 +9,7 @@ import platform
 import random
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import tensorflow.compat.v1 as tf
@@ -30,6 +31,9 @@ def lock(log_dir):
 
   The system lets go of the lock however the process ends, kill -9 included.
 
+  Yields:
+    log_dir.
+
   Raises:
     LockedError: another process holds it.
   """
@@ -44,7 +48,12 @@ def lock(log_dir):
     f.truncate(0)
     f.write(f'{os.getpid()}\n')
     f.flush()
-    yield
+    yield log_dir
+
+
+def scratch():
+  """Returns a context: a folder, removed at its end, of a worker that does not keep anything."""
+  return tempfile.TemporaryDirectory(prefix='train_flowers_')
 
 
 def configure_model(dataset, log_dir, checkpoint, image_size, depth_multiplier, seed):

@@ -10,6 +10,7 @@ import shlex
 
 import tensorflow.compat.v1 as tf
 
+import cluster
 import flowers
 import optimization
 import precision
@@ -86,6 +87,8 @@ def parse_train_args(description, argv=None):
   _add_optimizer_options(parser.add_argument_group('optimizer'))
   _add_fine_tuning_options(parser.add_argument_group('fine-tuning'))
   _add_device_options(parser.add_argument_group('devices'))
+  _add_cluster_options(parser.add_argument_group(
+      'cluster', 'Several machines train together if TF_CONFIG names them; see README.'))
   _add_run_options(parser.add_argument_group('run'))
   recipe_name = parser.parse_known_args(argv)[0].recipe
   parser.set_defaults(**dataclasses.asdict(optimization.RECIPES[recipe_name]))
@@ -213,6 +216,22 @@ def _add_device_options(group):
   group.add_argument('--precision', choices=precision.PRECISIONS, default='float32',
                      help='bfloat16 is faster on CPUs, float16 on GPUs; weights stay float32')
   group.add_argument('--xla', action='store_true', help='compiles the graph, on GPUs')
+
+
+def _add_cluster_options(group):
+  group.add_argument('--all_reduce_precision', choices=list(cluster.PRECISIONS),
+                     default='float32',
+                     help='number format of gradients between workers; bfloat16 halves what '
+                     'travels and rounds to 3 digits')
+  group.add_argument('--startup_timeout_secs', type=positive_float, default=600,
+                     help='seconds from the start of this worker to its first step, after which '
+                     'it gives up waiting for the others')
+  group.add_argument('--step_timeout_secs', type=positive_float, default=120,
+                     help='seconds between two steps after which the others are taken for dead; '
+                     'more than a checkpoint or an evaluation takes')
+  group.add_argument('--check_weights_steps', type=positive_int, default=100,
+                     help='steps between two comparisons of the workers\' weights, which must '
+                     'be the same to the bit')
 
 
 def _add_run_options(group):

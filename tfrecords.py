@@ -63,6 +63,10 @@ class Records:
       raise RecordError('its checksum is wrong: the file is damaged')
     return data
 
+  def fingerprint(self):
+    """Returns the number of records and a hash of their lengths, as text."""
+    return f'{len(self)}, {masked_crc(self._lengths.tobytes()):08x}'
+
   def locate(self, number):
     """Returns the file of a record, and the record's number in this file."""
     file = int(np.searchsorted(self._first, number, side='right')) - 1

@@ -6,12 +6,15 @@ Every GPU of the machine gets a tower, a replica of the network that works on
 its part of the batch; their gradients are averaged. Writes checkpoints,
 `model_config.json` and TensorBoard events into --log_dir. The same command
 again resumes where the last checkpoint was written.
+
+With TF_CONFIG in the environment it is one of several workers that train
+together; only the first of them writes.
 """
 
 import collections
+import dataclasses
 import functools
 import math
-import os
 import sys
 
 import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
@@ -20,6 +23,7 @@ import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
 import checkpoints
+import cluster
 import evaluation
 import evaluation_hook
 import fast_gradients
@@ -35,6 +39,11 @@ import xception
 
 MAX_IMAGE_SUMMARIES = 4
 SAVE_IMAGES_SECS = 300  # image summaries fill a disk sooner than anything else
+# Beside the recipe, what the workers of a cluster must agree on.
+SHARED_OPTIONS = ('batch_size', 'accumulate_steps', 'image_size', 'depth_multiplier',
+                  'num_epochs', 'max_number_of_steps', 'class_weights', 'trainable_scopes',
+                  'precision', 'eval_every_epochs', 'early_stop_patience',
+                  'all_reduce_precision', 'check_weights_steps')
 SAVE_OPS = ('SaveV2', 'MergeV2Checkpoints')
 
 TrainStep = collections.namedtuple('TrainStep', [
@@ -42,7 +51,7 @@ TrainStep = collections.namedtuple('TrainStep', [
     'global_step',  # int64 [], as it is after train_op
     'loss',  # float32 [], with regularization, as it was before train_op
     'accuracy',  # float32 [], top-1 of the batch
-    'positions',  # int64 [batch_size], of its images in the endless row
+    'positions',  # int64 [images of this worker], in the endless row
     'finite_check',  # the op that fails when the loss or a gradient is not finite
     'scalar_summaries',  # string []
     'image_summaries',  # string []
@@ -53,6 +62,7 @@ Plan = collections.namedtuple('Plan', [
     'dataset',  # slim Dataset of the training split
     'validation',  # that of the validation split, or None
     'devices',  # device of each tower
+    'log_dir',  # where this worker writes
     'checkpoint',  # the one in the log folder that training resumes from, or None
     'config',  # checkpoints.ModelConfig
     'start_step',  # the step that training starts from
@@ -99,11 +109,13 @@ def tower_loss(images, labels, positions, num_classes, is_training, depth_multip
 
 def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rate, devices,
                      global_step, accumulate_steps=1, clip_gradient_norm=0.0,
-                     moving_average_decay=0.0, trainable_scopes=()):
+                     moving_average_decay=0.0, trainable_scopes=(), workers=cluster.Alone(),
+                     all_reduce_precision='float32'):
   """Builds one step: towers, averaged gradients, the update of the weights.
 
   Args:
-    images, labels, positions: the global batch, from `flowers.load_numbered_batch`.
+    images, labels, positions: this worker's part of the global batch, from
+      `flowers.load_numbered_batch`.
     loss_fn: `tower_loss` with everything but images, labels, positions given.
     optimizer: tf.train.Optimizer.
     learning_rate: float32 [], for the summaries.
@@ -112,6 +124,7 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
     accumulate_steps: int, parts of a tower's images that are computed in turn.
     clip_gradient_norm, moving_average_decay: see `optimization.Recipe`.
     trainable_scopes: see `fine_tuning`.
+    workers, all_reduce_precision: who trains, and see their `average`.
 
   Returns:
     A TrainStep.
@@ -128,12 +141,15 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
   with tf.device(towers.variables_device(devices)):
     # Here every tower waits for the slowest.
     gradients = towers.average_gradients(tower_gradients)
-    cross_entropy = tf.add_n(losses) / len(losses)
-    accuracy = tf.add_n(accuracies) / len(accuracies)
+    # And here every worker, for the workers' mean.
+    gradients, variables = zip(*gradients)
+    gradients = list(zip(workers.average(gradients, all_reduce_precision), variables))
+    cross_entropy, accuracy, last_position = workers.combine(
+        tf.add_n(losses) / len(losses), tf.add_n(accuracies) / len(accuracies), positions[-1])
 
     # The weights are shared, so their L2 and its gradient are added once.
     regularization = tf.losses.get_regularization_loss()
-    decays = tf.gradients(regularization, [variable for _, variable in gradients])
+    decays = tf.gradients(regularization, variables)
     gradients = [(gradient if decay is None else gradient + decay, variable)
                  for (gradient, variable), decay in zip(gradients, decays)]
     loss = tf.add(cross_entropy, regularization, name='total_loss')
@@ -146,9 +162,11 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
     # Saved with the weights: where a resumed run goes on.
     next_image = tf.get_variable(checkpoints.NEXT_IMAGE, [], tf.int64, tf.zeros_initializer(),
                                  trainable=False)
-    with tf.control_dependencies([finite_check, *towers.first_tower_updates()]):
+    statistics_updates = workers.average_variables(
+        fine_tuning.moving_statistics(trainable_scopes), towers.first_tower_updates())
+    with tf.control_dependencies([finite_check, *statistics_updates]):
       train_op = tf.group(
-          next_image.assign(positions[-1] + 1),
+          next_image.assign(last_position + 1),
           optimizer.apply_gradients(
               optimization.clip_gradients(gradients, gradient_norm, clip_gradient_norm),
               global_step))
@@ -176,48 +194,42 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
                    scalar_summaries, image_summaries, histogram_summaries)
 
 
-def run_training(step, hooks, log_dir, session_config, start_step, max_steps, scaffold,
-                 save_interval_secs, save_interval_steps):
-  """Runs training steps until max_steps or a signal; a checkpoint is saved at the end.
+def run_training(step, hooks, log_dir, session_config, start_step, max_steps, scaffold, workers):
+  """Runs training steps until max_steps or a signal.
 
   Args:
     step: TrainStep of the default graph.
-    hooks: further session hooks.
+    hooks: session hooks.
     log_dir: folder of checkpoints and events; a checkpoint in it is restored.
     session_config: tf.ConfigProto.
     start_step, max_steps: the steps that training starts from and ends with.
     scaffold: tf.train.Scaffold; its init_fn restores weights from elsewhere if
       log_dir holds no checkpoint.
-    save_interval_secs, save_interval_steps: seconds or steps between two
-      checkpoints; one of them is None.
+    workers: cluster.Workers or Alone.
 
   Returns:
-    The step reached, and the name of the signal that ended training or None.
+    The step reached, and the name of the signal or the worker that ended
+    training, or None.
 
   Raises:
     TrainingError: the loss or a gradient was not finite, or saving failed.
+    cluster.ClusterError: another worker is gone.
   """
-  stop_on_signal = training_hooks.StopOnSignalHook()
-  hooks = [
-      stop_on_signal,
-      tf.train.StopAtStepHook(last_step=max_steps),
-      tf.train.CheckpointSaverHook(log_dir, save_interval_secs, save_interval_steps,
-                                   scaffold=scaffold),
-      *hooks,
-  ]
+  stop_on_signal = training_hooks.StopOnSignalHook(workers)
+  hooks = [stop_on_signal, tf.train.StopAtStepHook(last_step=max_steps), *hooks]
   reached = start_step
   try:
-    with tf.train.MonitoredTrainingSession(
-        checkpoint_dir=log_dir, scaffold=scaffold, hooks=hooks, config=session_config,
-        save_checkpoint_secs=None, save_summaries_secs=None, save_summaries_steps=None,
-        log_step_count_steps=None) as session:
+    # No MonitoredSession: when another worker is gone it would begin anew for ever.
+    with tf.train.SingularMonitoredSession(
+        hooks, scaffold, workers.master, session_config, checkpoint_dir=log_dir) as session:
       while not session.should_stop():
         _, reached = session.run([step.train_op, step.global_step])
   except tf.errors.OpError as error:
     if error.op is step.finite_check:
+      in_log_dir = f' in {log_dir}' if workers.is_chief else ''
       raise TrainingError(
           f'The loss or a gradient is not finite at step {reached + 1}. The weights were '
-          f'not updated with it; the last checkpoint in {log_dir} is good. A smaller '
+          f'not updated with it; the last checkpoint{in_log_dir} is good. A smaller '
           '--learning_rate may help') from error
     # What fails outside of a session has no op: it is a file.
     if error.op is None or error.op.type in SAVE_OPS:
@@ -228,11 +240,13 @@ def run_training(step, hooks, log_dir, session_config, start_step, max_steps, sc
     if error.op.type == 'RestoreV2':
       raise TrainingError(f'Cannot restore the newest checkpoint of {log_dir}: '
                           f'{error.message.splitlines()[0]}') from error
+    if lost := workers.explain(error):
+      raise lost from error
     raise
-  return reached, stop_on_signal.received
+  return reached, stop_on_signal.received or workers.stopped_by
 
 
-def find_inputs(args):
+def find_inputs(args, num_workers):
   """Finds the dataset and the devices that the command line asks for; writes nothing.
 
   Returns:
@@ -248,15 +262,21 @@ def find_inputs(args):
                 if args.eval_every_epochs else None)
   devices = towers.tower_devices(args.num_clones, args.clone_on_cpu)
   precision.check(args.precision, args.xla, devices)
-  if args.batch_size % (len(devices) * args.accumulate_steps):
+  if args.batch_size % (num_workers * len(devices) * args.accumulate_steps):
+    of_workers = f' on each of {num_workers} workers' if num_workers > 1 else ''
     raise TrainingError(
         f'--batch_size {args.batch_size} is the sum over all towers: it must divide by '
-        f'{len(devices)} towers of {args.accumulate_steps} parts (--accumulate_steps)')
+        f'{len(devices)} towers of {args.accumulate_steps} parts (--accumulate_steps){of_workers}')
+  if validation and validation.num_samples < num_workers:
+    raise TrainingError(f'The validation split has {validation.num_samples} images, fewer than '
+                        f'{num_workers} workers: leave --eval_every_epochs out')
   return dataset, validation, devices
 
 
-def make_plan(args, dataset, validation, devices):
+def make_plan(args, dataset, validation, devices, log_dir, workers):
   """Decides from where to where training goes, and stores the model in the log folder.
+
+  The chief decides for all workers: it alone has a checkpoint.
 
   Returns:
     A Plan.
@@ -264,39 +284,49 @@ def make_plan(args, dataset, validation, devices):
   Raises:
     checkpoints.CheckpointError: the log folder is of another model.
   """
-  checkpoint = tf.train.latest_checkpoint(args.log_dir)
+  checkpoint = tf.train.latest_checkpoint(log_dir)
+  config = log_folder.configure_model(dataset, log_dir, checkpoint, args.image_size,
+                                      args.depth_multiplier, args.seed)
+  seed, start_step, first_image = workers.exchange([
+      config.seed, checkpoints.global_step(checkpoint) if checkpoint else 0,
+      checkpoints.next_image(checkpoint) if checkpoint else 0])[0]
   steps_per_epoch = dataset.num_samples / args.batch_size
   max_steps = math.ceil(args.num_epochs * steps_per_epoch)
   return Plan(
       dataset=dataset,
       validation=validation,
       devices=devices,
+      log_dir=log_dir,
       checkpoint=checkpoint,
-      config=log_folder.configure_model(dataset, args.log_dir, checkpoint, args.image_size,
-                                        args.depth_multiplier, args.seed),
-      start_step=checkpoints.global_step(checkpoint) if checkpoint else 0,
-      first_image=checkpoints.next_image(checkpoint) if checkpoint else 0,
+      config=dataclasses.replace(config, seed=seed),
+      start_step=start_step,
+      first_image=first_image,
       steps_per_epoch=steps_per_epoch,
       max_steps=min(max_steps, args.max_number_of_steps or max_steps))
 
 
-def print_plan(plan, args, recipe):
+def print_plan(plan, args, recipe, workers):
   """Says what is trained on what, before anything takes time."""
   for damage in plan.dataset.records.damages:
     print(f'Warning: {damage}', file=sys.stderr)
   num_towers = len(plan.devices)
   in_parts = f' in {args.accumulate_steps} parts' if args.accumulate_steps > 1 else ''
+  if workers.size > 1:
+    print(f'{workers}; gradients travel as {args.all_reduce_precision}')
   print(f'{num_towers} {"tower" if num_towers == 1 else "towers"} on '
         f'{", ".join(plan.devices)}; global batch {args.batch_size}, '
-        f'{args.batch_size // num_towers} per tower{in_parts}; {args.precision}')
+        f'{args.batch_size // (workers.size * num_towers)} per tower{in_parts}; '
+        f'{args.precision}')
   print(f'{plan.dataset.num_samples} images of {plan.dataset.num_classes} classes: '
         f'{plan.steps_per_epoch:.1f} steps per epoch')
   print(f'Recipe: {optimization.describe(recipe)}')
-  print(f'Steps {plan.start_step} to {plan.max_steps}, seed {plan.config.seed}; '
-        f'watch it with: tensorboard --logdir={args.log_dir}', flush=True)
+  watch = (f'watch it with: tensorboard --logdir={plan.log_dir}' if workers.is_chief else
+           'worker 0 writes')
+  print(f'Steps {plan.start_step} to {plan.max_steps}, seed {plan.config.seed}; {watch}',
+        flush=True)
 
 
-def build_graph(plan, args, recipe):
+def build_graph(plan, args, recipe, workers):
   """Builds the graph, from the files of the dataset to the update of the weights.
 
   Returns:
@@ -313,7 +343,8 @@ def build_graph(plan, args, recipe):
   batch = flowers.load_numbered_batch(
       plan.dataset, args.batch_size, plan.config.image_size, plan.config.image_size,
       is_training=True, seed=plan.config.seed, first_image=plan.first_image,
-      num_readers=args.num_readers, num_preprocessing_threads=args.num_preprocessing_threads)
+      num_readers=args.num_readers, num_preprocessing_threads=args.num_preprocessing_threads,
+      worker=workers.index, num_workers=workers.size)
   class_weights = None
   if args.class_weights == 'balanced':
     class_weights = optimization.balanced_class_weights(flowers.count_labels(plan.dataset))
@@ -328,15 +359,15 @@ def build_graph(plan, args, recipe):
     return build_train_step(
         *batch, loss_fn, optimizer, learning_rate, plan.devices, global_step,
         args.accumulate_steps, recipe.clip_gradient_norm, recipe.moving_average_decay,
-        args.trainable_scopes)
+        args.trainable_scopes, workers, args.all_reduce_precision)
 
 
-def restore_weights(plan, args):
+def restore_weights(plan, args, workers):
   """Decides which weights training starts from, and says it.
 
   Returns:
     A function of a Scaffold and a session that restores the weights of
-    --checkpoint_path, or None.
+    --checkpoint_path, or None; other workers than the chief receive its weights.
 
   Raises:
     checkpoints.CheckpointError: a checkpoint does not fit the graph.
@@ -345,10 +376,10 @@ def restore_weights(plan, args):
     checkpoints.check_same_variables(plan.checkpoint)
     if args.checkpoint_path:
       print(f'Warning: --checkpoint_path {args.checkpoint_path} is NOT used, because '
-            f'{args.log_dir} already holds step {plan.start_step} and training resumes there. '
+            f'{plan.log_dir} already holds step {plan.start_step} and training resumes there. '
             'To start from --checkpoint_path, choose another --log_dir', file=sys.stderr)
     return None
-  if not args.checkpoint_path:
+  if not args.checkpoint_path or not workers.is_chief:
     return None
   restoration = fine_tuning.restore(args.checkpoint_path, args.checkpoint_exclude_scopes,
                                     args.ignore_missing_vars)
@@ -356,17 +387,43 @@ def restore_weights(plan, args):
   return restoration.init_fn
 
 
-def build_hooks(plan, args, step, saver):
-  """Returns the hooks of a run that watch it: {name: hook}."""
-  writer = tf.summary.FileWriterCache.get(args.log_dir)
-  log_folder.record_start(args.log_dir, plan.start_step, plan.devices, writer)
+def build_hooks(plan, args, step, scaffold, workers):
+  """Returns the hooks of a run that watch and save it: {name: hook}."""
+  writer = tf.summary.FileWriterCache.get(plan.log_dir)
   hooks = {
       'bad_records': training_hooks.BadRecordsHook(
           step.global_step, step.positions, plan.dataset, plan.config.seed, plan.first_image,
-          args.max_bad_fraction, writer),
+          args.batch_size, workers, args.max_bad_fraction, writer),
       'progress': training_hooks.ProgressHook(
-          step.global_step, step.loss, step.accuracy, args.batch_size, len(plan.devices),
-          plan.dataset.num_samples, plan.max_steps, args.log_every_n_steps, writer),
+          step.global_step, step.loss, step.accuracy, args.batch_size,
+          workers.size * len(plan.devices), plan.dataset.num_samples, plan.max_steps,
+          args.log_every_n_steps, writer),
+  }
+  if workers.is_chief:
+    hooks.update(build_chief_hooks(plan, args, step, scaffold, writer))
+  if args.eval_every_epochs:
+    # All workers decide by the chief's record, so that they stop together.
+    best = workers.exchange(evaluation_hook.read_best(plan.log_dir))[0]
+    hooks['evaluation'] = evaluation_hook.EvaluationHook(
+        evaluation.Evaluator(
+            plan.validation, plan.config,
+            args.batch_size // (workers.size * len(plan.devices)), plan.devices, workers=workers),
+        step.global_step, scaffold.saver, plan.log_dir, plan.config,
+        max(1, round(args.eval_every_epochs * plan.steps_per_epoch)), plan.max_steps, best,
+        args.early_stop_patience)
+  if args.profile_steps:
+    hooks['profile'] = training_hooks.ProfileHook(
+        step.global_step, args.profile_steps, plan.log_dir, writer)
+  return hooks
+
+
+def build_chief_hooks(plan, args, step, scaffold, writer):
+  """Returns the hooks that write checkpoints and summaries: {name: hook}."""
+  log_folder.record_start(plan.log_dir, plan.start_step, plan.devices, writer)
+  hooks = {
+      'checkpoints': tf.train.CheckpointSaverHook(
+          plan.log_dir, None if args.save_interval_steps else args.save_interval_secs,
+          args.save_interval_steps, scaffold=scaffold),
       'scalars': tf.train.SummarySaverHook(
           save_secs=args.save_summaries_secs, summary_writer=writer,
           summary_op=step.scalar_summaries),
@@ -377,52 +434,67 @@ def build_hooks(plan, args, step, saver):
     hooks['histograms'] = tf.train.SummarySaverHook(
         save_steps=args.histograms_every_n_steps, summary_writer=writer,
         summary_op=step.histogram_summaries)
-  if args.eval_every_epochs:
-    hooks['evaluation'] = evaluation_hook.EvaluationHook(
-        evaluation.Evaluator(plan.validation, plan.config, args.batch_size // len(plan.devices),
-                             plan.devices),
-        step.global_step, saver, args.log_dir, plan.config,
-        max(1, round(args.eval_every_epochs * plan.steps_per_epoch)), plan.max_steps,
-        args.early_stop_patience)
-  if args.profile_steps:
-    hooks['profile'] = training_hooks.ProfileHook(
-        step.global_step, args.profile_steps, args.log_dir, writer)
   return hooks
+
+
+def settings_to_share(plan, args, recipe):
+  """Returns what must be the same on every worker: {name: value}."""
+  return {
+      'the code (its hash)': cluster.code_hash(),
+      'TensorFlow': tf.__version__,
+      'the training split (images, hash of their sizes)': plan.dataset.records.fingerprint(),
+      'the class names (hash)': cluster.text_hash('\n'.join(plan.config.class_names)),
+      'towers': len(plan.devices),
+      **{f'--{name}': getattr(args, name) for name in SHARED_OPTIONS},
+      **{f'--{name}': value for name, value in dataclasses.asdict(recipe).items()},
+      'the variables (hash of their names and shapes)': cluster.variables_hash(),
+  }
 
 
 def main(args):
   recipe = options.recipe(args)
-  inputs = find_inputs(args)
-  with log_folder.lock(args.log_dir):
-    plan = make_plan(args, *inputs)
-    print_plan(plan, args, recipe)
-    if plan.start_step >= plan.max_steps:
-      print(f'{args.log_dir} is already trained to step {plan.start_step}: '
-            'ask for more --num_epochs, or choose another --log_dir')
-      return
+  workers = cluster.find_workers()
+  inputs = find_inputs(args, workers.size)
+  session_config = towers.session_config(inputs[-1])
+  precision.set_session_options(session_config, args.precision, args.xla)
+  workers.start(session_config, args.startup_timeout_secs, args.step_timeout_secs)
+  with (log_folder.lock(args.log_dir) if workers.is_chief else log_folder.scratch() as log_dir,
+        tf.device(workers.device)):
+    train(make_plan(args, *inputs, log_dir, workers), args, recipe, session_config, workers)
+  workers.leave()
 
-    step = build_graph(plan, args, recipe)
-    num_parameters = sum(v.shape.num_elements()
-                         for v in fine_tuning.trainable_variables(args.trainable_scopes))
-    print(f'{num_parameters:,} trainable parameters', flush=True)
-    scaffold = tf.train.Scaffold(saver=tf.train.Saver(max_to_keep=args.max_to_keep),
-                                 init_fn=restore_weights(plan, args))
-    hooks = build_hooks(plan, args, step, scaffold.saver)
-    session_config = towers.session_config(plan.devices)
-    precision.set_session_options(session_config, args.precision, args.xla)
-    reached, stopped_by = run_training(
-        step, hooks.values(), args.log_dir, session_config, plan.start_step, plan.max_steps,
-        scaffold, None if args.save_interval_steps else args.save_interval_secs,
-        args.save_interval_steps)
 
-    print(f'Saved step {reached} in {args.log_dir}')
-    if hooks['bad_records'].too_many:
-      raise TrainingError(hooks['bad_records'].too_many)
-    if args.eval_every_epochs and hooks['evaluation'].stopped_early:
-      print(hooks['evaluation'].stopped_early)
-    print(f'Stopped by {stopped_by}: resume with the same command' if stopped_by else
-          f'Next: python eval_flowers.py --dataset_dir {args.dataset_dir} '
-          f'--log_dir {args.log_dir}')
+def train(plan, args, recipe, session_config, workers):
+  """Trains as planned, from the graph to the last checkpoint."""
+  print_plan(plan, args, recipe, workers)
+  if plan.start_step >= plan.max_steps:
+    print(f'{plan.log_dir} is already trained to step {plan.start_step}: '
+          'ask for more --num_epochs, or choose another --log_dir')
+    return
+
+  step = build_graph(plan, args, recipe, workers)
+  num_parameters = sum(v.shape.num_elements()
+                       for v in fine_tuning.trainable_variables(args.trainable_scopes))
+  print(f'{num_parameters:,} trainable parameters', flush=True)
+  workers.require_same(settings_to_share(plan, args, recipe))
+  scaffold = tf.train.Scaffold(saver=tf.train.Saver(max_to_keep=args.max_to_keep),
+                               init_fn=restore_weights(plan, args, workers))
+  hooks = build_hooks(plan, args, step, scaffold, workers)
+  reached, stopped_by = run_training(
+      step, [*workers.hooks(args.check_weights_steps), *hooks.values()], plan.log_dir,
+      session_config, plan.start_step, plan.max_steps, scaffold, workers)
+
+  print(f'Saved step {reached} in {plan.log_dir}' if workers.is_chief else
+        f'Ended with step {reached}, which worker 0 saves')
+  if hooks['bad_records'].too_many:
+    raise TrainingError(hooks['bad_records'].too_many)
+  if args.eval_every_epochs and hooks['evaluation'].stopped_early:
+    print(hooks['evaluation'].stopped_early)
+  if stopped_by:
+    print(f'Stopped by {stopped_by}: resume with the same command')
+  elif workers.is_chief:
+    print(f'Next: python eval_flowers.py --dataset_dir {args.dataset_dir} '
+          f'--log_dir {plan.log_dir}')
 
 
 if __name__ == '__main__':
@@ -431,7 +503,7 @@ if __name__ == '__main__':
   try:
     main(options.parse_train_args(__doc__.split('\n')[0]))
   except (flowers.DatasetError, towers.DeviceError, checkpoints.CheckpointError,
-          log_folder.LockedError, TrainingError) as error:
+          log_folder.LockedError, cluster.ClusterError, TrainingError) as error:
     sys.exit(f'train_flowers.py: {error}')
   except KeyboardInterrupt:
     sys.exit('train_flowers.py: interrupted before the first step; nothing was trained')

@@ -1,5 +1,6 @@
 """Session hooks that show a training run's progress and stop it in good order."""
 
+import functools
 import os
 import signal
 import sys
@@ -100,21 +101,22 @@ class ProgressHook(tf.train.SessionRunHook):
 class BadRecordsHook(tf.train.SessionRunHook):
   """Counts the records that the input pipeline passed over, and stops if they are too many.
 
-  Which ones they are follows from the positions that are missing between those
-  that arrive. Each record counts once, however often it comes round.
+  Which ones they are follows from the positions that are missing in this
+  worker's row. Each record counts once, however often it comes round.
 
   Attributes:
     too_many: why training was stopped, or None.
   """
 
-  def __init__(self, global_step, positions, dataset, seed, first_image, max_bad_fraction,
-               summary_writer):
+  def __init__(self, global_step, positions, dataset, seed, first_image, batch_size, workers,
+               max_bad_fraction, summary_writer):
     """Initializes the hook.
 
     Args:
       global_step: int64 [], as it is after the step.
-      positions: int64 [batch_size], from `flowers.load_numbered_batch`.
-      dataset, seed, first_image: what it was called with.
+      positions: int64 [images of this worker], from `flowers.load_numbered_batch`.
+      dataset, seed, first_image, batch_size: what it was called with.
+      workers: cluster.Workers or Alone, who stop together.
       max_bad_fraction: share of the records that may be bad, in [0, 1).
       summary_writer: tf.summary.FileWriter.
     """
@@ -122,7 +124,11 @@ class BadRecordsHook(tf.train.SessionRunHook):
     self._fetches = [global_step, positions]
     self._dataset = dataset
     self._seed = seed
-    self._next_position = first_image
+    self._position = functools.partial(
+        flowers.training_position, first_image=first_image, batch_size=batch_size,
+        worker=workers.index, num_workers=workers.size)
+    self._next_index = 0  # in this worker's row
+    self._workers = workers
     self._max_bad = max_bad_fraction * dataset.num_samples
     self._summary_writer = summary_writer
     self._bad_numbers = set()
@@ -132,9 +138,9 @@ class BadRecordsHook(tf.train.SessionRunHook):
 
   def after_run(self, run_context, run_values):
     step, positions = run_values.results
-    end = int(positions[-1]) + 1
-    if end - self._next_position != len(positions):
-      for position in set(range(self._next_position, end)).difference(positions.tolist()):
+    missing = self._find_missing(positions)
+    if missing:
+      for position in missing:
         self._count(flowers.record_number(position, self._dataset.num_samples, self._seed))
       self._summary_writer.add_summary(
           tf.Summary(value=[tf.Summary.Value(tag='bad_records',
@@ -143,12 +149,21 @@ class BadRecordsHook(tf.train.SessionRunHook):
         self.too_many = (
             f'{len(self._bad_numbers)} of {self._dataset.num_samples} records are bad, more '
             'than --max_bad_fraction allows. Make the dataset again, or allow more')
-        run_context.request_stop()
-    self._next_position = end
+        self._workers.request_stop(run_context)
 
   def end(self, session):
     if self._bad_numbers:
       print(f'Bad records passed over: {len(self._bad_numbers)}', file=sys.stderr)
+
+  def _find_missing(self, positions):
+    """Returns the positions that were passed over to get to these."""
+    missing = []
+    for position in positions:
+      while (expected := self._position(self._next_index)) != position:
+        missing.append(expected)
+        self._next_index += 1
+      self._next_index += 1
+    return missing
 
   def _count(self, number):
     if number in self._bad_numbers:
@@ -208,8 +223,10 @@ class StopOnSignalHook(tf.train.SessionRunHook):
     received: the signal's name like 'SIGINT', or None.
   """
 
-  def __init__(self):
+  def __init__(self, workers):
+    """Initializes the hook; `workers` are cluster.Workers or Alone, who stop together."""
     self.received = None
+    self._workers = workers
 
   def begin(self):
     for signal_number in (signal.SIGINT, signal.SIGTERM):
@@ -217,7 +234,7 @@ class StopOnSignalHook(tf.train.SessionRunHook):
 
   def after_run(self, run_context, run_values):
     if self.received:
-      run_context.request_stop()
+      self._workers.request_stop(run_context)
 
   def end(self, session):
     self._restore_defaults()

@@ -1,0 +1,142 @@
+"""What averaging the gradients of Xception costs between workers on this machine.
+
+  python -m benchmarks.all_reduce --workers 2 3 4
+
+Starts workers on 127.0.0.1, which average tensors of the shapes of the
+network's 156 trained variables, 91.4 MB, and nothing else. Prints seconds and
+bytes of a step, measured, beside what a ring must send; then what a ring would
+take on clusters that were not at hand, computed.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+
+import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+
+import tensorflow.compat.v1 as tf
+import tf_slim as slim
+
+import cluster
+import towers
+import xception
+
+PROJECT_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+WARM_UP_STEPS = 3
+STEPS = 15
+MODES = [(bucket_bytes, precision) for precision in cluster.PRECISIONS
+         for bucket_bytes in (0, cluster.BUCKET_BYTES)]
+# On paper: the hop is about what small tensors took here, the step what one is supposed to take.
+HOP_SECS, COMPUTE_SECS = 0.00015, 0.25
+PAPER_WORKERS, PAPER_GBITS = (8, 64, 256), (10, 25, 100)
+
+
+def gradient_shapes():
+  """Returns the shapes of the trained variables, with 1000 classes."""
+  with tf.Graph().as_default(), slim.arg_scope(xception.xception_arg_scope()):
+    xception.xception(tf.zeros([1, 71, 71, 3]), 1000, is_training=True)
+    return [variable.shape.as_list() for variable in tf.trainable_variables()]
+
+
+def bytes_on_loopback():
+  with open('/proc/net/dev', encoding='ascii') as f:
+    line, = (line for line in f if line.strip().startswith('lo:'))
+  return int(line.split(':')[1].split()[8])
+
+
+def work():
+  """Is one worker; the chief prints a line of JSON for each mode."""
+  shapes = gradient_shapes()
+  config = towers.session_config(['/cpu:0'])
+  workers = cluster.find_workers()
+  workers.start(config, startup_timeout_secs=120, step_timeout_secs=60)
+  for bucket_bytes, precision in MODES:
+    with tf.Graph().as_default(), tf.device(workers.device):
+      variables = [tf.get_variable(f'v{i}', shape, collections=[]) for i, shape in
+                   enumerate(shapes)]
+      values = [variable.read_value() for variable in variables]
+      step = tf.group(*workers.average(values, precision, bucket_bytes))
+      with workers.session() as session:
+        session.run([variable.initializer for variable in variables])
+        seconds = []
+        for i in range(WARM_UP_STEPS + STEPS):
+          if i == WARM_UP_STEPS:
+            sent = bytes_on_loopback()
+          start = time.perf_counter()
+          session.run(step)
+          seconds.append(time.perf_counter() - start)
+        sent = (bytes_on_loopback() - sent) / STEPS / workers.size
+    workers.exchange('next')
+    if workers.is_chief:
+      print(json.dumps({'bucket_bytes': bucket_bytes, 'precision': precision, 'bytes': sent,
+                        'seconds': statistics.median(seconds[WARM_UP_STEPS:])}), flush=True)
+  workers.leave()
+
+
+def measure(num_workers):
+  """Returns the chief's results of one cluster."""
+  sockets = [socket.create_server(('127.0.0.1', 0)) for _ in range(num_workers)]
+  addresses = ['127.0.0.1:%d' % each.getsockname()[1] for each in sockets]
+  for each in sockets:
+    each.close()
+  processes = [subprocess.Popen(
+      [sys.executable, '-m', 'benchmarks.all_reduce', '--work'], cwd=PROJECT_DIR, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+      env=dict(os.environ, TF_CONFIG=json.dumps({
+          'cluster': {'worker': addresses}, 'task': {'type': 'worker', 'index': i}})))
+      for i in range(num_workers)]
+  outputs = [process.communicate()[0] for process in processes]
+  return [json.loads(line) for line in outputs[0].splitlines() if line.startswith('{')]
+
+
+def ring_bytes(num_workers, num_bytes):
+  """Returns what a worker sends to average num_bytes over a ring."""
+  return 2 * (num_workers - 1) / num_workers * num_bytes
+
+
+def print_on_paper(num_bytes):
+  """Prints what a ring takes if links are as fast as they are called."""
+  print(f'\nComputed: {num_bytes / 1e6:.1f} MB, {HOP_SECS * 1000} ms a hop, a step of '
+        f'{COMPUTE_SECS} s. Images a second, as a share of the workers\' sum alone:')
+  print('| workers | Gbit/s | ring, s | of it hops, s | one after the other | overlapped |')
+  print('|---|---|---|---|---|---|')
+  for num_workers in PAPER_WORKERS:
+    for gbit in PAPER_GBITS:
+      hops = 2 * (num_workers - 1) * HOP_SECS
+      seconds = ring_bytes(num_workers, num_bytes) * 8 / (gbit * 1e9) + hops
+      print(f'| {num_workers} | {gbit} | {seconds:.3f} | {hops:.3f} | '
+            f'{COMPUTE_SECS / (COMPUTE_SECS + seconds):.0%} | '
+            f'{COMPUTE_SECS / max(COMPUTE_SECS, seconds):.0%} |')
+
+
+def main(args):
+  if args.work:
+    work()
+    return
+  num_bytes = 4 * sum(tf.TensorShape(shape).num_elements() for shape in gradient_shapes())
+  print(f'Measured: {num_bytes / 1e6:.1f} MB, on this machine\'s loopback')
+  print('| workers | buckets | wire | s/step | MB sent by a worker | ring: MB |')
+  print('|---|---|---|---|---|---|')
+  for num_workers in args.workers:
+    for row in measure(num_workers):
+      wire_bytes = num_bytes // (2 if row['precision'] == 'bfloat16' else 1)
+      buckets = '4 MB' if row['bucket_bytes'] else 'none'
+      print(f'| {num_workers} | {buckets} | {row["precision"]} | {row["seconds"]:.3f} | '
+            f'{row["bytes"] / 1e6:.1f} | {ring_bytes(num_workers, wire_bytes) / 1e6:.1f} |',
+            flush=True)
+  print_on_paper(num_bytes)
+
+
+if __name__ == '__main__':
+  tf.disable_v2_behavior()
+  tf.enable_resource_variables()
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--workers', type=int, nargs='+', default=[2, 3, 4],
+                      help='sizes of the clusters')
+  parser.add_argument('--work', action='store_true', help=argparse.SUPPRESS)
+  main(parser.parse_args())
