@@ -6,7 +6,7 @@
 `train` repeats one batch, `end_to_end` trains on the shipped flowers through the
 whole input pipeline (with --synthetic, on one batch: the difference is the
 input's), `inference` runs a frozen graph, `input` the input pipeline alone. All
-but `input` use the full network with random weights.
+but `input` use the network with random weights.
 
 Figures are of this machine: compare the ratios. Those of --peers come from new
 processes that take turns, so that a slow minute of the machine hits all of them.
@@ -46,6 +46,8 @@ def parse_args(argv=None):
                       help='images per step, summed over towers')
   parser.add_argument('--image_size', type=options.image_size, default=299,
                       help='height and width in pixels')
+  parser.add_argument('--depth_multiplier', type=options.positive_float, default=1.0,
+                      help='width of the network')
   parser.add_argument('--num_clones', type=options.positive_int,
                       help='number of towers (default: one on every GPU, or one on the CPU)')
   parser.add_argument('--clone_on_cpu', action='store_true', help='puts the towers on the CPU')
@@ -70,11 +72,11 @@ def measure(args):
   devices = towers.tower_devices(args.num_clones, args.clone_on_cpu)
   precision.check(args.precision, args.xla, devices)
   if args.mode == 'inference':
-    result = network.measure_inference(args.batch_size, args.image_size, devices,
-                                       args.precision, args.xla, args.steps)
+    result = network.measure_inference(args.batch_size, args.image_size, args.depth_multiplier,
+                                       devices, args.precision, args.xla, args.steps)
   else:
-    result = network.measure_training(args.batch_size, args.image_size, devices, args.precision,
-                                      args.xla, args.steps,
+    result = network.measure_training(args.batch_size, args.image_size, args.depth_multiplier,
+                                      devices, args.precision, args.xla, args.steps,
                                       args.mode == 'end_to_end' and not args.synthetic)
   return {**result, 'import_seconds': IMPORT_SECONDS}
 

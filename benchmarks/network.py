@@ -70,11 +70,12 @@ def time_steps(step, num_steps):
   return seconds
 
 
-def measure_training(batch_size, image_size, devices, precision, xla, num_steps, real_images):
-  """Measures training steps of the full network.
+def measure_training(batch_size, image_size, depth_multiplier, devices, precision, xla, num_steps,
+                     real_images):
+  """Measures training steps of the network.
 
   Args:
-    batch_size, image_size: of a step.
+    batch_size, image_size, depth_multiplier: of a step and the network.
     devices: device of each tower.
     precision, xla: as for `precision.check`.
     num_steps: steps that are timed.
@@ -94,8 +95,8 @@ def measure_training(batch_size, image_size, devices, precision, xla, num_steps,
     positions = tf.range(batch_size, dtype=tf.int64)
     batch = images, positions % NUM_CLASSES, positions
   loss_fn = functools.partial(
-      train_flowers.tower_loss, num_classes=NUM_CLASSES, is_training=True, depth_multiplier=1.0,
-      dropout_keep_prob=0.5, label_smoothing=0.0, seed=0)
+      train_flowers.tower_loss, num_classes=NUM_CLASSES, is_training=True,
+      depth_multiplier=depth_multiplier, dropout_keep_prob=0.5, label_smoothing=0.0, seed=0)
   learning_rate = tf.constant(0.001)
   with slim.arg_scope(xception.xception_arg_scope()):
     step = train_flowers.build_train_step(
@@ -108,12 +109,12 @@ def measure_training(batch_size, image_size, devices, precision, xla, num_steps,
     session.run(tf.global_variables_initializer())
     first_step_seconds = _seconds(lambda: session.run(step.train_op))
     seconds = time_steps(lambda: session.run([step.train_op, step.global_step]), num_steps)
-  return figures(seconds, batch_size, TRAINING_FACTOR * count_flops(image_size), precision,
-                 graph_seconds, first_step_seconds)
+  return figures(seconds, batch_size, TRAINING_FACTOR * count_flops(image_size, depth_multiplier),
+                 precision, graph_seconds, first_step_seconds)
 
 
-def frozen_graph(image_size):
-  """Returns a frozen GraphDef of the full network, `input` to `output`, not folded.
+def frozen_graph(image_size, depth_multiplier=1.0):
+  """Returns a frozen GraphDef of the network, `input` to `output`, not folded.
 
   Its weights are random, and the batch norms' parameters too, as training would leave
   them: TensorFlow drops a bias that is zero, and then fuses less than it does for users.
@@ -122,7 +123,8 @@ def frozen_graph(image_size):
   with tf.Graph().as_default(), tf.Session() as session:
     images = tf.placeholder(tf.float32, [None, image_size, image_size, 3], name='input')
     with slim.arg_scope(xception.xception_arg_scope()):
-      _, end_points = xception.xception(images, NUM_CLASSES, is_training=False)
+      _, end_points = xception.xception(images, NUM_CLASSES, is_training=False,
+                                        depth_multiplier=depth_multiplier)
     tf.identity(end_points['Predictions'], name='output')
     session.run(tf.global_variables_initializer())
     for variable in slim.get_model_variables():
@@ -132,10 +134,11 @@ def frozen_graph(image_size):
         session, tf.get_default_graph().as_graph_def(), ['output'])
 
 
-def measure_inference(batch_size, image_size, devices, precision, xla, num_steps):
+def measure_inference(batch_size, image_size, depth_multiplier, devices, precision, xla,
+                      num_steps):
   """Measures the frozen graph, its batch norms folded; arguments and result as for training."""
   start = time.perf_counter()
-  graph_def = batch_norm_folding.fold(frozen_graph(image_size), 'output')
+  graph_def = batch_norm_folding.fold(frozen_graph(image_size, depth_multiplier), 'output')
   graph_seconds = time.perf_counter() - start
   batch = np.random.default_rng(0).normal(size=[batch_size, image_size, image_size, 3])
   config = towers.session_config(devices)
@@ -145,8 +148,8 @@ def measure_inference(batch_size, image_size, devices, precision, xla, num_steps
     run = functools.partial(session.run, 'output:0', {'input:0': batch.astype(np.float32)})
     first_step_seconds = _seconds(run)
     seconds = time_steps(run, num_steps)
-  return figures(seconds, batch_size, count_flops(image_size), precision, graph_seconds,
-                 first_step_seconds)
+  return figures(seconds, batch_size, count_flops(image_size, depth_multiplier), precision,
+                 graph_seconds, first_step_seconds)
 
 
 def figures(seconds, batch_size, flops, precision, graph_seconds, first_step_seconds):

@@ -5,7 +5,6 @@ this is to notice a gain that is lost, not one that is smaller.
 """
 
 import functools
-import time
 import unittest
 from unittest import mock
 
@@ -34,7 +33,7 @@ def training_rate():
   """Images a second of training steps."""
   with tf.Graph().as_default():
     return network.measure_training(
-        BATCH_SIZE, IMAGE_SIZE, ['/cpu:0'], 'float32', False, NUM_STEPS, real_images=False
+        BATCH_SIZE, IMAGE_SIZE, 1.0, ['/cpu:0'], 'float32', False, NUM_STEPS, real_images=False
     )['images_per_second']
 
 
@@ -49,8 +48,8 @@ def inference_rate(fold, precision_name):
   """Images a second of a frozen graph."""
   with mock.patch.object(batch_norm_folding, 'fold',
                          batch_norm_folding.fold if fold else lambda graph_def, name: graph_def):
-    return network.measure_inference(BATCH_SIZE, IMAGE_SIZE, ['/cpu:0'], precision_name, False,
-                                     NUM_STEPS)['images_per_second']
+    return network.measure_inference(BATCH_SIZE, IMAGE_SIZE, 1.0, ['/cpu:0'], precision_name,
+                                     False, NUM_STEPS)['images_per_second']
 
 
 class GainsTest(unittest.TestCase):
