@@ -26,7 +26,7 @@ tensorboard: .venv/installed
 	.venv/bin/tensorboard --logdir $(LOG_DIR) --host 127.0.0.1
 
 test: .venv/installed
-	$(RUN) -m pytest -q xception_test.py tests
+	$(RUN) -m pytest -q -n 2 --dist loadfile xception_test.py tests
 
 # Larger clusters, and every way in which a worker can fail.
 test-cluster: .venv/installed
