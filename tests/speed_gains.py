@@ -29,12 +29,12 @@ def setUpModule():
   tf.enable_resource_variables()
 
 
-def training_rate():
+def training_rate(precision_name='float32'):
   """Images a second of training steps."""
   with tf.Graph().as_default():
     return network.measure_training(
-        BATCH_SIZE, IMAGE_SIZE, 1.0, ['/cpu:0'], 'float32', False, NUM_STEPS, real_images=False
-    )['images_per_second']
+        BATCH_SIZE, IMAGE_SIZE, 1.0, ['/cpu:0'], precision_name, False, NUM_STEPS,
+        real_images=False)['images_per_second']
 
 
 def slim_training_rate():
@@ -42,6 +42,12 @@ def slim_training_rate():
   with mock.patch.object(fast_gradients, 'override',
                          lambda: tf.get_default_graph().gradient_override_map({})):
     return training_rate()
+
+
+def grappler_training_rate():
+  """Images a second of bfloat16 training steps with the operations that Grappler chooses."""
+  with mock.patch.object(precision, 'FLOAT32_OPERATIONS', ()):
+    return training_rate('bfloat16')
 
 
 def inference_rate(fold, precision_name):
@@ -63,11 +69,18 @@ class GainsTest(unittest.TestCase):
   def test_gradients_by_matrix_products(self):
     self.compare(training_rate, slim_training_rate, 1.05)
 
-  def test_folding_in_bfloat16(self):
+  def skip_without_bfloat16(self):
     try:
       precision.check('bfloat16', False, ['/cpu:0'])
     except towers.DeviceError as error:
       self.skipTest(str(error))
+
+  def test_float32_operations_in_bfloat16_training(self):
+    self.skip_without_bfloat16()
+    self.compare(functools.partial(training_rate, 'bfloat16'), grappler_training_rate, 1.05)
+
+  def test_folding_in_bfloat16(self):
+    self.skip_without_bfloat16()
     self.compare(functools.partial(inference_rate, True, 'bfloat16'),
                  functools.partial(inference_rate, False, 'float32'), 1.4)
 
