@@ -5,11 +5,11 @@
 
 `train` repeats one batch, `end_to_end` trains on the shipped flowers through the
 whole input pipeline (with --synthetic, on one batch: the difference is the
-input's), `inference` runs a frozen graph, `input` the input pipeline alone. All
-but `input` use the network with random weights.
+input's), `inference` runs a frozen graph with its batch norms folded, `input` the
+input pipeline alone. The network's weights are random.
 
-Figures are of this machine: compare the ratios. Those of --peers come from new
-processes that take turns, so that a slow minute of the machine hits all of them.
+Figures are of this machine: compare the ratios. Those of --peers come from
+measurements that take turns, so that a slow minute of the machine hits all of them.
 """
 
 import time
@@ -27,21 +27,37 @@ import tensorflow.compat.v1 as tf
 from benchmarks import input_pipeline
 from benchmarks import network
 from benchmarks import peers
+import flowers
 import options
 import precision
 import towers
 
 IMPORT_SECONDS = time.perf_counter() - START
 
+# What each measurement takes; another option would have no effect.
+NETWORK_OPTIONS = {'batch_size', 'image_size', 'depth_multiplier', 'clone_on_cpu', 'precision',
+                   'xla', 'steps'}
+OPTIONS = {
+    'train': NETWORK_OPTIONS | {'num_clones', 'synthetic'},
+    'end_to_end': NETWORK_OPTIONS | {'num_clones', 'synthetic'},
+    'inference': NETWORK_OPTIONS | {'synthetic'},
+    'input': {'batch_size', 'image_size', 'steps'},
+    'train --peers': {'batch_size', 'image_size', 'steps', 'rounds'},
+    'inference --peers': {'batch_size', 'image_size', 'steps', 'rounds'},
+    'input --peers': {'rounds'},
+}
+
 
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
                                    formatter_class=options.HelpFormatter)
   parser.add_argument('--mode', choices=['train', 'inference', 'input', 'end_to_end'],
-                      default='train', help='what to measure')
+                      help='what to measure (default: train; with --peers, train and '
+                      'inference)')
   parser.add_argument('--peers', action='store_true',
                       help='measures training and inference beside Keras and, where '
-                      'requirements-benchmark.txt is installed, timm')
+                      'requirements-benchmark.txt is installed, timm; with --mode input, the '
+                      "input pipeline beside slim's and Keras'")
   parser.add_argument('--batch_size', type=options.positive_int, default=8,
                       help='images per step, summed over towers')
   parser.add_argument('--image_size', type=options.image_size, default=299,
@@ -60,17 +76,31 @@ def parse_args(argv=None):
   parser.add_argument('--steps', type=options.positive_int, default=10,
                       help='steps that are timed')
   parser.add_argument('--rounds', type=options.positive_int, default=3,
-                      help='of --peers and of input: turns that a median is of')
+                      help='of --peers: turns that a median is of')
   parser.add_argument('--json', action='store_true', help='prints one JSON object, no table')
-  return parser.parse_args(argv)
+  args = parser.parse_args(argv)
+  measurement = (args.mode or 'train') + ' --peers' * args.peers
+  if measurement not in OPTIONS:
+    parser.error(f'--mode {args.mode} has no peers: leave --peers out, or the mode')
+  unused = [f'--{name}' for name, value in vars(args).items()
+            if value != parser.get_default(name)
+            and name not in OPTIONS[measurement] | {'mode', 'peers', 'json'}]
+  if unused:
+    parser.error(f'{" and ".join(unused)} would have no effect on --mode {measurement}, which '
+                 'takes ' + ', '.join(f'--{name}' for name in sorted(OPTIONS[measurement])))
+  return args
 
 
 def measure(args):
   """Returns the figures of a mode, a dict."""
   if args.mode == 'input':
-    return input_pipeline.measure(args.rounds)
+    return {**input_pipeline.measure(args.batch_size, args.image_size, args.steps),
+            'import_seconds': IMPORT_SECONDS}
   devices = towers.tower_devices(args.num_clones, args.clone_on_cpu)
   precision.check(args.precision, args.xla, devices)
+  if args.batch_size % len(devices):
+    raise towers.DeviceError(f'--batch_size {args.batch_size} is the sum over all towers: it must '
+                             f'divide by {len(devices)} towers (--num_clones)')
   if args.mode == 'inference':
     result = network.measure_inference(args.batch_size, args.image_size, args.depth_multiplier,
                                        devices, args.precision, args.xla, args.steps)
@@ -82,11 +112,12 @@ def measure(args):
 
 
 def main(args):
-  if args.peers:
-    rows = peers.compare(args.batch_size, args.image_size, args.steps, args.rounds)
+  if args.peers and args.mode != 'input':
+    rows = peers.compare([args.mode] if args.mode else ['train', 'inference'], args.batch_size,
+                         args.image_size, args.steps, args.rounds)
     print(json.dumps(rows) if args.json else peers.table(rows))
     return
-  figures = measure(args)
+  figures = input_pipeline.compare(args.rounds) if args.peers else measure(args)
   if args.json:
     print(json.dumps(figures))
     return
@@ -99,5 +130,5 @@ if __name__ == '__main__':
   tf.enable_resource_variables()
   try:
     main(parse_args())
-  except (towers.DeviceError, peers.PeerError) as error:
+  except (towers.DeviceError, flowers.DatasetError, peers.PeerError) as error:
     sys.exit(f'benchmark.py: {error}')

@@ -22,8 +22,11 @@ def override():
 def _conv2d_gradient(op, gradient):
   """Returns the gradients of a Conv2D with respect to its images and its kernel."""
   images, kernel = op.inputs
-  stride = op.get_attr('strides')[1]
-  is_pointwise = kernel.shape[:2] == [1, 1] and op.get_attr('data_format') == b'NHWC'
+  _, stride, horizontal_stride, _ = op.get_attr('strides')
+  is_pointwise = (kernel.shape[:2] == [1, 1] and stride == horizontal_stride
+                  and images.shape[3] == kernel.shape[2]  # else it has groups
+                  and op.get_attr('data_format') == b'NHWC'
+                  and op.get_attr('padding') != b'EXPLICIT')
   if not is_pointwise or 'GPU' in op.device.upper():  # cuDNN needs no help
     return ops.gradient_registry.lookup('Conv2D')(op, gradient)
 

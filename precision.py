@@ -55,9 +55,11 @@ def set_session_options(config, precision, xla):
   if precision == 'bfloat16':
     rewrites.auto_mixed_precision_onednn_bfloat16 = rewriter_config_pb2.RewriterConfig.ON
     # Grappler reads its lists of operations from the environment alone, at every rewrite,
-    # and refuses an operation that is on two of them.
+    # and refuses an operation that is on two of them. A user's own changes stay.
     for change in ('DENYLIST_ADD', 'ALLOWLIST_REMOVE', 'INFERLIST_REMOVE'):
-      os.environ[f'TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_{change}'] = ','.join(FLOAT32_OPERATIONS)
+      name = f'TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_{change}'
+      operations = {*filter(None, os.environ.get(name, '').split(',')), *FLOAT32_OPERATIONS}
+      os.environ[name] = ','.join(sorted(operations))
   if precision == 'float16':
     rewrites.auto_mixed_precision = rewriter_config_pb2.RewriterConfig.ON
   if xla:

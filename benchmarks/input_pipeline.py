@@ -1,10 +1,8 @@
-"""Speed of the input pipeline beside slim's and Keras' own."""
+"""Speed of the input pipeline: alone, and beside slim's and Keras' own."""
 
 import functools
 import io
 import os
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -14,6 +12,8 @@ from PIL import Image
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
+from benchmarks import network
+from benchmarks import peers
 from benchmarks import rounds
 import flowers
 import towers
@@ -25,7 +25,7 @@ PROJECT_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DATASET_DIR = os.path.join(PROJECT_DIR, 'dataset')
 IMAGE_SIZE = 299
 BATCH_SIZE = 32
-NUM_BATCHES = 40  # timed, after WARM_UP_BATCHES
+NUM_BATCHES = 40  # timed, after WARM_UP_BATCHES that fill the buffers
 WARM_UP_BATCHES = 8
 JPEG_SIDE, JPEG_QUALITY = 500, 90  # as the flower photographs are
 
@@ -104,11 +104,9 @@ def time_slim_provider(folder):
 
 def time_keras(folder):
   """Images a second of Keras' image_dataset_from_directory with layers that distort."""
-  result = subprocess.run(
-      [sys.executable, KERAS_PROGRAM, os.path.join(folder, 'files'),
-       *map(str, (IMAGE_SIZE, BATCH_SIZE, WARM_UP_BATCHES, NUM_BATCHES))],
-      check=True, capture_output=True, text=True)
-  return float(result.stdout)
+  return float(peers.run_program(
+      [KERAS_PROGRAM, os.path.join(folder, 'files'),
+       *map(str, (IMAGE_SIZE, BATCH_SIZE, WARM_UP_BATCHES, NUM_BATCHES))]))
 
 
 def time_training(synthetic):
@@ -134,8 +132,27 @@ def time_training(synthetic):
                         towers.session_config(devices))
 
 
-def measure(num_rounds):
-  """Measures the input pipeline; returns a dict of medians and of ratios."""
+def measure(batch_size, image_size, num_steps):
+  """Measures `flowers.load_batch` alone; returns the dict of `network.figures`."""
+  with tempfile.TemporaryDirectory() as folder, tf.Graph().as_default():
+    write_jpegs(folder)
+    start = time.perf_counter()
+    batch = flowers.load_batch(flowers.get_split('train', folder), batch_size, image_size,
+                               image_size, is_training=True)
+    operations = [tensor.op for tensor in batch]
+    graph_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    with tf.Session() as session:
+      session.run(operations)
+      first_step_seconds = time.perf_counter() - start
+      for _ in range(WARM_UP_BATCHES):
+        session.run(operations)
+      seconds = network.time_steps(lambda: session.run(operations), num_steps)
+  return network.figures(seconds, batch_size, graph_seconds, first_step_seconds)
+
+
+def compare(num_rounds):
+  """Measures the input pipeline and its peers in turns; returns medians and ratios, a dict."""
   with tempfile.TemporaryDirectory() as folder:
     write_jpegs(folder)
     rates = rounds.take_turns({

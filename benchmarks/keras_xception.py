@@ -14,14 +14,12 @@ WARM_UP_STEPS = 3
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument('--mode', choices=['train', 'inference'], required=True)
-parser.add_argument('--precision', choices=['float32', 'bfloat16'], required=True)
+parser.add_argument('--precision', choices=['float32'], required=True)
 parser.add_argument('--batch_size', type=int, required=True)
 parser.add_argument('--image_size', type=int, required=True)
 parser.add_argument('--steps', type=int, required=True)
 args = parser.parse_args()
 
-if args.precision == 'bfloat16':
-  keras.mixed_precision.set_global_policy('mixed_bfloat16')
 shape = args.image_size, args.image_size, 3
 images = np.random.default_rng(0).normal(size=(args.batch_size, *shape)).astype(np.float32)
 labels = np.arange(args.batch_size) % 5

@@ -1,10 +1,12 @@
 """Speed, memory and start-up of the network: training, inference, training on the flowers.
 
-Each function measures one thing in this process; `benchmark.py` starts a new
-process for every measurement, because memory and start-up belong to one.
+Each function measures one thing in this process, once: memory and start-up belong
+to a process, and a second measurement would find it warm.
 """
 
+import concurrent.futures
 import functools
+import multiprocessing
 import os
 import resource
 import time
@@ -42,20 +44,26 @@ def count_flops(image_size, depth_multiplier=1.0, num_classes=NUM_CLASSES):
                       depth_multiplier=depth_multiplier)
     return sum(ops.get_stats_for_node_def(graph, op.node_def, 'flops').value
                for op in graph.get_operations()
-               if op.type in ('Conv2D', 'DepthwiseConv2dNative', 'MatMul'))
+               if op.type in ('Conv2D', 'DepthwiseConv2dNative'))
 
 
-def measure_limit(precision):
-  """Returns the operations a second of large matrix products, the median of five."""
-  dtype = tf.bfloat16 if precision == 'bfloat16' else tf.float32
-  with tf.Graph().as_default():
-    factor = tf.get_variable(
-        'factor', [LIMIT_SIZE, LIMIT_SIZE], dtype, tf.ones_initializer(), trainable=False)
+def measure_limit(precision, devices):
+  """Returns the operations a second of large matrix products, the median of five.
+
+  Args:
+    precision: 'float32', 'bfloat16' or 'float16', of the matrices.
+    devices: device of each tower; GPUs are assumed to be alike, and CPU towers
+      share the cores.
+  """
+  with tf.Graph().as_default(), tf.device(devices[0]):
+    factor = tf.get_variable('factor', [LIMIT_SIZE, LIMIT_SIZE], tf.as_dtype(precision),
+                             tf.ones_initializer(), trainable=False)
     product = tf.matmul(factor, factor).op
-    with tf.Session() as session:
+    with tf.Session(config=towers.session_config(devices)) as session:
       session.run(tf.global_variables_initializer())
       seconds = time_steps(lambda: session.run(product), LIMIT_PRODUCTS)
-  return 2 * LIMIT_SIZE**3 / np.median(seconds)
+  num_gpus = sum(device.startswith('/gpu') for device in devices)
+  return max(1, num_gpus) * 2 * LIMIT_SIZE**3 / np.median(seconds)
 
 
 def time_steps(step, num_steps):
@@ -98,19 +106,26 @@ def measure_training(batch_size, image_size, depth_multiplier, devices, precisio
       train_flowers.tower_loss, num_classes=NUM_CLASSES, is_training=True,
       depth_multiplier=depth_multiplier, dropout_keep_prob=0.5, label_smoothing=0.0, seed=0)
   learning_rate = tf.constant(0.001)
+  optimizer = tf.train.AdamOptimizer(learning_rate)
+  if precision == 'float16':
+    optimizer = precisions.scale_loss(optimizer)
   with slim.arg_scope(xception.xception_arg_scope()):
     step = train_flowers.build_train_step(
-        *batch, loss_fn, tf.train.AdamOptimizer(learning_rate), learning_rate, devices,
+        *batch, loss_fn, optimizer, learning_rate, devices,
         tf.train.get_or_create_global_step())
   graph_seconds = time.perf_counter() - start
   config = towers.session_config(devices)
   precisions.set_session_options(config, precision, xla)
+  start = time.perf_counter()
   with tf.Session(config=config) as session:
     session.run(tf.global_variables_initializer())
-    first_step_seconds = _seconds(lambda: session.run(step.train_op))
+    session.run(step.train_op)
+    first_step_seconds = time.perf_counter() - start
     seconds = time_steps(lambda: session.run([step.train_op, step.global_step]), num_steps)
-  return figures(seconds, batch_size, TRAINING_FACTOR * count_flops(image_size, depth_multiplier),
-                 precision, graph_seconds, first_step_seconds)
+  result = figures(seconds, batch_size, graph_seconds, first_step_seconds)
+  return {**result, **use_of_limit(
+      result['images_per_second'], TRAINING_FACTOR * count_flops(image_size, depth_multiplier),
+      precision, devices)}
 
 
 def frozen_graph(image_size, depth_multiplier=1.0):
@@ -134,52 +149,82 @@ def frozen_graph(image_size, depth_multiplier=1.0):
         session, tf.get_default_graph().as_graph_def(), ['output'])
 
 
+def serialized_frozen_graph(image_size, depth_multiplier, fold):
+  """Returns the bytes of `frozen_graph`, its batch norms folded if `fold` is True."""
+  tf.disable_v2_behavior()  # in a new process
+  tf.enable_resource_variables()
+  graph_def = frozen_graph(image_size, depth_multiplier)
+  if fold:
+    graph_def = batch_norm_folding.fold(graph_def, 'output')
+  return graph_def.SerializeToString()
+
+
 def measure_inference(batch_size, image_size, depth_multiplier, devices, precision, xla,
-                      num_steps):
-  """Measures the frozen graph, its batch norms folded; arguments and result as for training."""
-  start = time.perf_counter()
-  graph_def = batch_norm_folding.fold(frozen_graph(image_size, depth_multiplier), 'output')
-  graph_seconds = time.perf_counter() - start
+                      num_steps, fold=True):
+  """Measures the frozen graph on the first of the devices.
+
+  Args:
+    batch_size, image_size, depth_multiplier, devices, precision, xla, num_steps: as
+      for training.
+    fold: whether the batch norms are folded, as `write_pb.py` does.
+
+  Returns:
+    Dict of figures, as for training.
+  """
+  # In a process of its own: freezing takes more memory than running, and is no start-up.
+  with concurrent.futures.ProcessPoolExecutor(
+      1, multiprocessing.get_context('spawn')) as process:
+    frozen = process.submit(serialized_frozen_graph, image_size, depth_multiplier, fold).result()
   batch = np.random.default_rng(0).normal(size=[batch_size, image_size, image_size, 3])
   config = towers.session_config(devices)
   precisions.set_session_options(config, precision, xla)
-  with tf.Graph().as_default(), tf.device(devices[0]), tf.Session(config=config) as session:
-    tf.import_graph_def(graph_def, name='')
-    run = functools.partial(session.run, 'output:0', {'input:0': batch.astype(np.float32)})
-    first_step_seconds = _seconds(run)
-    seconds = time_steps(run, num_steps)
-  return figures(seconds, batch_size, count_flops(image_size, depth_multiplier), precision,
-                 graph_seconds, first_step_seconds)
+  with tf.Graph().as_default(), tf.device(devices[0]):
+    start = time.perf_counter()
+    tf.import_graph_def(tf.GraphDef.FromString(frozen), name='')
+    graph_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    with tf.Session(config=config) as session:
+      run = functools.partial(session.run, 'output:0', {'input:0': batch.astype(np.float32)})
+      run()
+      first_step_seconds = time.perf_counter() - start
+      seconds = time_steps(run, num_steps)
+  result = figures(seconds, batch_size, graph_seconds, first_step_seconds)
+  return {**result, **use_of_limit(result['images_per_second'],
+                                   count_flops(image_size, depth_multiplier), precision,
+                                   devices[:1])}
 
 
-def figures(seconds, batch_size, flops, precision, graph_seconds, first_step_seconds):
-  """Returns what is reported of a measurement.
+def figures(seconds, batch_size, graph_seconds, first_step_seconds):
+  """Returns what is reported of every measurement; peak memory is the host's, until now.
 
   Args:
     seconds: list of floats, of each step.
     batch_size: images of a step.
-    flops: operations of an image.
-    precision: the limit's.
-    graph_seconds, first_step_seconds: of building the graph and the first step.
+    graph_seconds: of building the graph.
+    first_step_seconds: of the session, the initial values and the first step.
   """
-  peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-  images_per_second = batch_size / np.median(seconds)
-  limit = measure_limit(precision)
   return {
-      'images_per_second': float(images_per_second),
+      'images_per_second': float(batch_size / np.median(seconds)),
       'seconds_per_step': float(np.median(seconds)),
       'seconds_per_step_p10': float(np.percentile(seconds, 10)),
       'seconds_per_step_p90': float(np.percentile(seconds, 90)),
-      'fraction_of_limit': float(flops * images_per_second / limit),
-      'limit_gflops_per_second': float(limit / 1e9),
-      'gflops_per_image': flops / 1e9,
-      'peak_memory_mib': peak_memory,
+      'peak_memory_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
       'graph_seconds': graph_seconds,
       'first_step_seconds': first_step_seconds,
   }
 
 
-def _seconds(function):
-  start = time.perf_counter()
-  function()
-  return time.perf_counter() - start
+def use_of_limit(images_per_second, flops, precision, devices):
+  """Measures the limit; returns the figures of a rate beside it.
+
+  Args:
+    images_per_second: float.
+    flops: operations of an image.
+    precision, devices: as for `measure_limit`.
+  """
+  limit = measure_limit(precision, devices)
+  return {
+      'fraction_of_limit': float(flops * images_per_second / limit),
+      'limit_gflops_per_second': float(limit / 1e9),
+      'gflops_per_image': flops / 1e9,
+  }

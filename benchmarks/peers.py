@@ -2,7 +2,9 @@
 
 import functools
 import importlib.util
+import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -22,7 +24,9 @@ PEERS = (
     ('train', 'bfloat16', 'timm, channels_last', TIMM, ()),
     ('inference', 'float32', 'Keras predict_on_batch', KERAS, ()),
     ('inference', 'float32', 'timm, torch.compile', TIMM, ('--compile',)),
+    ('inference', 'float32', 'timm, compiled and frozen', TIMM, ('--compile', '--freeze')),
     ('inference', 'bfloat16', 'timm, torch.compile', TIMM, ('--compile',)),
+    ('inference', 'bfloat16', 'timm, compiled and frozen', TIMM, ('--compile', '--freeze')),
 )
 
 
@@ -30,35 +34,45 @@ class PeerError(Exception):
   """A program that was to be measured failed."""
 
 
-def compare(batch_size, image_size, num_steps, num_rounds):
-  """Measures everything in turns.
+def compare(modes, batch_size, image_size, num_steps, num_rounds):
+  """Measures everything in turns, on the CPU; says on standard error how far it is.
 
   Args:
+    modes: 'train', 'inference' or both, a list.
     batch_size, image_size, num_steps: of each measurement.
     num_rounds: measurements that each figure is the median of.
 
   Returns:
     List of dicts: mode, precision, peer, images a second of ours and of the
     peer, the ratio of the medians, and the smallest and greatest of a round.
+    What failed, here for want of bfloat16 or a compiler, is left out.
+
+  Raises:
+    PeerError: nothing could be compared.
   """
   has_timm = all(importlib.util.find_spec(name) for name in ('timm', 'torch'))
   options = ['--batch_size', str(batch_size), '--image_size', str(image_size),
              '--steps', str(num_steps)]
-  peers = [peer for peer in PEERS if has_timm or peer[3] != TIMM]
+  peers = [peer for peer in PEERS if peer[0] in modes and (has_timm or peer[3] != TIMM)]
   functions = {}
-  for mode, precision, _, program, more in peers:
+  for mode, precision, peer, program, more in peers:
     common = ['--mode', mode, '--precision', precision, *options]
-    functions[mode, precision, OURS] = functools.partial(_run_ours, [OURS, *common, '--json'])
-    functions[mode, precision, program] = functools.partial(_run, [program, *common, *more])
+    for name, command in (('ours', [OURS, *common, '--json']), (peer, [program, *common, *more])):
+      functions[mode, precision, name] = functools.partial(
+          _rate, f'{mode}, {precision}, {name}', command)
   rates = rounds.record_turns(functions, num_rounds)
-  return [compare_rates(mode, precision, name, rates[mode, precision, OURS],
-                        rates[mode, precision, program])
-          for mode, precision, name, program, _ in peers]
+  pairs = {(mode, precision, peer): (rates[mode, precision, 'ours'], rates[mode, precision, peer])
+           for mode, precision, peer, _, _ in peers}
+  rows = [compare_rates(*names, *pair) for names, pair in pairs.items()
+          if not any(map(math.isnan, itertools.chain(*pair)))]
+  if not rows:
+    raise PeerError('nothing could be compared, see above')
+  return rows
 
 
 def table(rows):
   """Returns the rows of `compare` as text."""
-  lines = [f'{"":10}{"":10}{"":26}{"ours":>9}{"peer":>9}{"ratio":>8}   of the rounds']
+  lines = [f'{"on the CPU":20}{"":26}{"ours":>9}{"peer":>9}{"ratio":>8}   of the rounds']
   lines += [
       f'{row["mode"]:10}{row["precision"]:10}{row["peer"]:26}{row["images_per_second"]:9.2f}'
       f'{row["peer_images_per_second"]:9.2f}{row["ratio"]:8.2f}   '
@@ -81,17 +95,29 @@ def compare_rates(mode, precision, peer, ours, theirs):
   }
 
 
-def _run_ours(command):
-  return json.loads(_output(command))['images_per_second']
+def _rate(name, command):
+  """Runs a measurement; returns its images a second, or NaN if it failed."""
+  try:
+    output = json.loads(run_program(command))
+  except PeerError as error:
+    print(f'{name}: left out, because {error}', file=sys.stderr)
+    return math.nan
+  rate = output['images_per_second'] if isinstance(output, dict) else output
+  print(f'{name}: {rate:.2f} images/s', file=sys.stderr)
+  return rate
 
 
-def _run(command):
-  return float(_output(command))
+def run_program(command):
+  """Runs a Python program on the CPU; returns the last line that it prints.
 
+  Args:
+    command: list, the program's file and its arguments.
 
-def _output(command):
-  """Runs a Python program; returns the last line that it prints."""
-  process = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+  Raises:
+    PeerError: it ended with another code than 0.
+  """
+  process = subprocess.run([sys.executable, *command], capture_output=True, text=True,
+                           env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
   if process.returncode:
     raise PeerError(f'{" ".join(command)} failed: {process.stderr.strip()[-500:]}')
   return process.stdout.strip().splitlines()[-1]

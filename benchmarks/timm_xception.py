@@ -6,6 +6,7 @@ import time
 
 import timm
 import torch
+import torch._inductor.config
 
 WARM_UP_STEPS = 3
 
@@ -16,6 +17,8 @@ parser.add_argument('--batch_size', type=int, required=True)
 parser.add_argument('--image_size', type=int, required=True)
 parser.add_argument('--steps', type=int, required=True)
 parser.add_argument('--compile', action='store_true', help='torch.compile')
+parser.add_argument('--freeze', action='store_true',
+                    help='lets torch.compile fold batch norms and lay out weights once')
 args = parser.parse_args()
 
 images = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
@@ -23,6 +26,7 @@ images = images.to(memory_format=torch.channels_last)
 labels = torch.arange(args.batch_size) % 5
 model = timm.create_model('legacy_xception', num_classes=5).to(memory_format=torch.channels_last)
 model.train(args.mode == 'train')
+torch._inductor.config.freezing = args.freeze
 forward = torch.compile(model) if args.compile else model
 optimizer = torch.optim.Adam(model.parameters())
 

@@ -45,12 +45,20 @@ class FastGradientsTest(tf.test.TestCase):
 
   def test_other_convolutions_are_left_to_tensorflow(self):
     random = np.random.default_rng(0)
-    images, kernel = (random.normal(size=shape).astype(np.float32)
-                      for shape in ((2, 8, 8, 5), (3, 3, 5, 9)))
-    self.assertSameGradients(
-        lambda images, kernel: tf.reduce_sum(tf.square(
-            tf.nn.conv2d(images, kernel, strides=1, padding='SAME'))),
-        [images, kernel], uses_conv_gradient=True)
+    for kernel_shape, strides, padding in (
+        ((3, 3, 6, 8), 1, 'SAME'),
+        ((1, 1, 6, 8), [1, 2, 1, 1], 'SAME'),
+        ((1, 1, 3, 8), 1, 'SAME'),  # two groups
+        ((1, 1, 6, 8), 1, [[0, 0], [1, 1], [1, 1], [0, 0]])):
+      with self.subTest(kernel_shape=kernel_shape, strides=strides, padding=padding):
+        images, kernel = (random.normal(size=shape).astype(np.float32)
+                          for shape in ((2, 8, 8, 6), kernel_shape))
+
+        def loss(images, kernel, strides=strides, padding=padding):
+          return tf.reduce_sum(tf.square(
+              tf.nn.conv2d(images, kernel, strides=strides, padding=padding)))
+
+        self.assertSameGradients(loss, [images, kernel], uses_conv_gradient=True)
 
   def test_the_whole_network(self):
     images = np.random.default_rng(0).normal(size=[2, 75, 71, 3])

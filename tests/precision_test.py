@@ -1,6 +1,8 @@
 """Tests what a number format does to a graph."""
 
 import collections
+import os
+from unittest import mock
 
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
@@ -40,6 +42,16 @@ def computed_types(precision_name):
 
 
 class PrecisionTest(tf.test.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.enterContext(mock.patch.dict(os.environ))  # which bfloat16 changes
+
+  def test_a_users_own_lists_stay(self):
+    name = 'TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_DENYLIST_ADD'
+    os.environ[name] = 'Mean'
+    precision.set_session_options(tf.ConfigProto(), 'bfloat16', False)
+    self.assertEqual(set(os.environ[name].split(',')), {'Mean', *precision.FLOAT32_OPERATIONS})
 
   def test_bfloat16_is_used_where_it_is_faster(self):
     try:
