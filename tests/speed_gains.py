@@ -22,6 +22,14 @@ import towers
 
 IMAGE_SIZE, BATCH_SIZE, NUM_STEPS, NUM_ROUNDS = 299, 8, 5, 3
 
+# Training is no faster than timm's, nor asked to be.
+PEER_BOUNDS = {
+    ('train', 'float32', 'Keras train_on_batch'): 1.13,
+    ('inference', 'float32', 'Keras predict_on_batch'): 1.12,
+    ('inference', 'float32', 'timm, torch.compile'): 1.15,
+    ('inference', 'bfloat16', 'timm, torch.compile'): 1.25,
+}
+
 
 def setUpModule():
   tf.disable_v2_behavior()
@@ -83,10 +91,10 @@ class GainsTest(unittest.TestCase):
 
   def test_peers(self):
     for row in peers.compare(['train', 'inference'], BATCH_SIZE, IMAGE_SIZE, NUM_STEPS, NUM_ROUNDS):
-      print(f'\n{row["mode"]} {row["precision"]} beside {row["peer"]}: {row["ratio"]:.2f} x',
-            flush=True)
-      if 'Keras' in row['peer']:
-        self.assertGreater(row['ratio'], 1.15 if row['mode'] == 'train' else 1.0)
+      name = row['mode'], row['precision'], row['peer']
+      print(f'\n{", ".join(name)}: {row["ratio"]:.2f} x', flush=True)
+      with self.subTest(name):
+        self.assertGreater(row['ratio'], PEER_BOUNDS.get(name, 0))
 
   def test_input(self):
     figures = input_pipeline.compare(NUM_ROUNDS)
