@@ -17,12 +17,8 @@ from benchmarks import peers
 from benchmarks import rounds
 import flowers
 import towers
-import train_flowers
-import xception
 import xception_preprocessing
 
-PROJECT_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-DATASET_DIR = os.path.join(PROJECT_DIR, 'dataset')
 IMAGE_SIZE = 299
 BATCH_SIZE = 32
 NUM_BATCHES = 40  # timed, after WARM_UP_BATCHES that fill the buffers
@@ -38,7 +34,7 @@ KERAS_PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'keras_
 
 def write_jpegs(folder):
   """Writes the shipped flowers as JPEGs of 500 pixels: as records, and as files by class."""
-  dataset = flowers.get_split('train', DATASET_DIR)
+  dataset = flowers.get_split('train', network.DATASET_DIR)
   read = flowers.RecordReader(dataset)
   for name in dataset.labels_to_names.values():
     os.makedirs(os.path.join(folder, 'files', name))
@@ -109,25 +105,12 @@ def time_keras(folder):
        *map(str, (IMAGE_SIZE, BATCH_SIZE, WARM_UP_BATCHES, NUM_BATCHES))]))
 
 
-def time_training(synthetic):
+def time_training(real_images):
   """Images a second of training on the shipped flowers, or on one batch again and again."""
+  devices = towers.tower_devices()
   with tf.Graph().as_default():
-    dataset = flowers.get_split('train', DATASET_DIR)
-    shape = [TRAIN_BATCH_SIZE, TRAIN_IMAGE_SIZE, TRAIN_IMAGE_SIZE, 3]
-    if synthetic:
-      images = tf.get_variable('images', shape, trainable=False)
-      batch = images, tf.range(shape[0], dtype=tf.int64) % 5, tf.range(shape[0], dtype=tf.int64)
-    else:
-      batch = flowers.load_numbered_batch(dataset, *shape[:3], is_training=True)
-    devices = towers.tower_devices()
-    learning_rate = tf.constant(0.001)
-    loss_fn = functools.partial(
-        train_flowers.tower_loss, num_classes=5, is_training=True,
-        depth_multiplier=TRAIN_DEPTH_MULTIPLIER, dropout_keep_prob=0.5, label_smoothing=0.0, seed=0)
-    with slim.arg_scope(xception.xception_arg_scope()):
-      step = train_flowers.build_train_step(
-          *batch, loss_fn, tf.train.AdamOptimizer(learning_rate), learning_rate, devices,
-          tf.train.get_or_create_global_step())
+    step = network.build_training_step(TRAIN_BATCH_SIZE, TRAIN_IMAGE_SIZE, TRAIN_DEPTH_MULTIPLIER,
+                                       devices, 'float32', real_images)
     return time_batches([step.global_step], NUM_TRAIN_STEPS, TRAIN_BATCH_SIZE,
                         towers.session_config(devices))
 
@@ -148,7 +131,7 @@ def measure(batch_size, image_size, num_steps):
       for _ in range(WARM_UP_BATCHES):
         session.run(operations)
       seconds = network.time_steps(lambda: session.run(operations), num_steps)
-  return network.figures(seconds, batch_size, graph_seconds, first_step_seconds)
+    return network.figures(seconds, batch_size, graph_seconds, first_step_seconds)
 
 
 def compare(num_rounds):
@@ -159,8 +142,9 @@ def compare(num_rounds):
         'images_per_second': functools.partial(time_load_batch, folder),
         'slim_images_per_second': functools.partial(time_slim_provider, folder),
         'keras_images_per_second': functools.partial(time_keras, folder),
-        'training_images_per_second': functools.partial(time_training, synthetic=False),
-        'synthetic_training_images_per_second': functools.partial(time_training, synthetic=True),
+        'training_images_per_second': functools.partial(time_training, real_images=True),
+        'synthetic_training_images_per_second': functools.partial(
+            time_training, real_images=False),
     }, num_rounds)
   return {
       **rates,

@@ -78,22 +78,14 @@ def time_steps(step, num_steps):
   return seconds
 
 
-def measure_training(batch_size, image_size, depth_multiplier, devices, precision, xla, num_steps,
-                     real_images):
-  """Measures training steps of the network.
+def build_training_step(batch_size, image_size, depth_multiplier, devices, precision,
+                        real_images):
+  """Builds `train_flowers.build_train_step` with Adam in the default graph and returns it.
 
   Args:
-    batch_size, image_size, depth_multiplier: of a step and the network.
-    devices: device of each tower.
-    precision, xla: as for `precision.check`.
-    num_steps: steps that are timed.
-    real_images: False trains on one batch again and again; True on the shipped
-      flowers, through the whole input pipeline.
-
-  Returns:
-    Dict of figures, see `figures`.
+    batch_size, image_size, depth_multiplier, devices, precision, real_images: as for
+      `measure_training`.
   """
-  start = time.perf_counter()
   shape = [batch_size, image_size, image_size, 3]
   if real_images:
     batch = flowers.load_numbered_batch(
@@ -110,19 +102,40 @@ def measure_training(batch_size, image_size, depth_multiplier, devices, precisio
   if precision == 'float16':
     optimizer = precisions.scale_loss(optimizer)
   with slim.arg_scope(xception.xception_arg_scope()):
-    step = train_flowers.build_train_step(
+    return train_flowers.build_train_step(
         *batch, loss_fn, optimizer, learning_rate, devices,
         tf.train.get_or_create_global_step())
-  graph_seconds = time.perf_counter() - start
+
+
+def measure_training(batch_size, image_size, depth_multiplier, devices, precision, xla, num_steps,
+                     real_images):
+  """Measures training steps of the network.
+
+  Args:
+    batch_size, image_size, depth_multiplier: of a step and the network.
+    devices: device of each tower.
+    precision, xla: as for `precision.check`.
+    num_steps: steps that are timed.
+    real_images: False trains on one batch again and again; True on the shipped
+      flowers, through the whole input pipeline.
+
+  Returns:
+    Dict of figures, see `figures`.
+  """
   config = towers.session_config(devices)
   precisions.set_session_options(config, precision, xla)
-  start = time.perf_counter()
-  with tf.Session(config=config) as session:
-    session.run(tf.global_variables_initializer())
-    session.run(step.train_op)
-    first_step_seconds = time.perf_counter() - start
-    seconds = time_steps(lambda: session.run([step.train_op, step.global_step]), num_steps)
-  result = figures(seconds, batch_size, graph_seconds, first_step_seconds)
+  with tf.Graph().as_default():
+    start = time.perf_counter()
+    step = build_training_step(batch_size, image_size, depth_multiplier, devices, precision,
+                               real_images)
+    graph_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    with tf.Session(config=config) as session:
+      session.run(tf.global_variables_initializer())
+      session.run(step.train_op)
+      first_step_seconds = time.perf_counter() - start
+      seconds = time_steps(lambda: session.run([step.train_op, step.global_step]), num_steps)
+    result = figures(seconds, batch_size, graph_seconds, first_step_seconds)
   return {**result, **use_of_limit(
       result['images_per_second'], TRAINING_FACTOR * count_flops(image_size, depth_multiplier),
       precision, devices)}
@@ -188,14 +201,16 @@ def measure_inference(batch_size, image_size, depth_multiplier, devices, precisi
       run()
       first_step_seconds = time.perf_counter() - start
       seconds = time_steps(run, num_steps)
-  result = figures(seconds, batch_size, graph_seconds, first_step_seconds)
+    result = figures(seconds, batch_size, graph_seconds, first_step_seconds)
   return {**result, **use_of_limit(result['images_per_second'],
                                    count_flops(image_size, depth_multiplier), precision,
                                    devices[:1])}
 
 
 def figures(seconds, batch_size, graph_seconds, first_step_seconds):
-  """Returns what is reported of every measurement; peak memory is the host's, until now.
+  """Returns what is reported of every measurement.
+
+  Peak memory is the host's, until now; operations and size are the default graph's.
 
   Args:
     seconds: list of floats, of each step.
@@ -203,13 +218,17 @@ def figures(seconds, batch_size, graph_seconds, first_step_seconds):
     graph_seconds: of building the graph.
     first_step_seconds: of the session, the initial values and the first step.
   """
+  peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+  graph = tf.get_default_graph()
   return {
       'images_per_second': float(batch_size / np.median(seconds)),
       'seconds_per_step': float(np.median(seconds)),
       'seconds_per_step_p10': float(np.percentile(seconds, 10)),
       'seconds_per_step_p90': float(np.percentile(seconds, 90)),
-      'peak_memory_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+      'peak_memory_mib': peak_memory,
       'graph_seconds': graph_seconds,
+      'graph_operations': len(graph.get_operations()),
+      'graph_mib': graph.as_graph_def().ByteSize() / 2**20,
       'first_step_seconds': first_step_seconds,
   }
 

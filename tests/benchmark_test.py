@@ -75,7 +75,7 @@ class BenchmarkTest(unittest.TestCase):
     figures = json.loads(result.stdout)
     for name in ('images_per_second', 'seconds_per_step', 'seconds_per_step_p10',
                  'seconds_per_step_p90', 'peak_memory_mib', 'import_seconds', 'graph_seconds',
-                 'first_step_seconds'):
+                 'graph_operations', 'graph_mib', 'first_step_seconds'):
       self.assertGreater(figures[name], 0, name)
     return figures
 
