@@ -1,7 +1,7 @@
 """Checks that what was gained in speed is still there; run by `make benchmark`.
 
-The bounds leave about half of each gain that README reports: machines differ, and
-this is to notice a gain that is lost, not one that is smaller.
+The bounds leave about half of each gain that README reports, of the CPU where it is
+the smaller: this is to notice a gain that is lost, not one that is smaller.
 """
 
 import functools
@@ -25,12 +25,12 @@ import towers
 IMAGE_SIZE, BATCH_SIZE, NUM_STEPS, NUM_ROUNDS = 299, 8, 5, 3
 NUM_TRAINING_STEPS = 16  # each, in turns: the gains are a few hundredths
 
-# Training is no faster than timm's, nor asked to be.
+# Training is no faster than timm's on any CPU tried, nor asked to be.
 PEER_BOUNDS = {
-    ('train', 'float32', 'Keras train_on_batch'): 1.13,
-    ('inference', 'float32', 'Keras predict_on_batch'): 1.12,
+    ('train', 'float32', 'Keras train_on_batch'): 1.06,
+    ('inference', 'float32', 'Keras predict_on_batch'): 1.06,
     ('inference', 'float32', 'timm, torch.compile'): 1.15,
-    ('inference', 'bfloat16', 'timm, torch.compile'): 1.25,
+    ('inference', 'bfloat16', 'timm, torch.compile'): 1.05,
 }
 
 
@@ -91,7 +91,7 @@ class GainsTest(unittest.TestCase):
     self.skip_without_bfloat16()
     with mock.patch.object(precision, 'FLOAT32_OPERATIONS', ()):
       grapplers = training_seconds('bfloat16')
-    self.compare_steps(training_seconds('bfloat16'), grapplers, 1.05)
+    self.compare_steps(training_seconds('bfloat16'), grapplers, 1.025)
 
   def test_folding_in_bfloat16(self):
     self.skip_without_bfloat16()
