@@ -59,9 +59,9 @@ benchmark: .venv/installed
 bench-frozen: .venv/installed
 	$(RUN) -m benchmarks.frozen_speed
 
-# Removes the environments only: never logs or data.
+# Removes the environments and what was compiled: never logs or data.
 clean:
-	rm -rf .venv .venv-clients
+	rm -rf .venv .venv-clients build
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -7,13 +7,14 @@ from tensorflow.core.protobuf import rewriter_config_pb2
 # The check that Grappler itself makes; a CPU that fails it would quietly stay at float32.
 from tensorflow.python.util import _pywrap_utils
 
+import fast_kernels
 import towers
 
 PRECISIONS = ('float32', 'bfloat16', 'float16')
 
-# What stays float32 under --precision bfloat16, because oneDNN's bfloat16 kernels of it
-# are slower than the float32 ones with the casts around them: 5 % of a training step on a
-# CPU with AVX-512, 14 % on one with AMX.
+# What stays float32 under --precision bfloat16 where fast_kernels.cc does not do it, because
+# oneDNN's bfloat16 kernels of it are slower than the float32 ones with the casts around
+# them: 5 % of a training step on a CPU with AVX-512, 14 % on one with AMX.
 FLOAT32_OPERATIONS = ('FusedBatchNormV3', 'FusedBatchNormGradV3',
                       'DepthwiseConv2dNativeBackpropFilter')
 
@@ -57,9 +58,12 @@ def set_session_options(config, precision, xla):
     rewrites.auto_mixed_precision_onednn_bfloat16 = rewriter_config_pb2.RewriterConfig.ON
     # Grappler reads its lists of operations from the environment alone, at every rewrite,
     # and refuses an operation that is on two of them. A user's own changes stay.
-    for change in ('DENYLIST_ADD', 'ALLOWLIST_REMOVE', 'INFERLIST_REMOVE'):
+    for change, names in (('ALLOWLIST_ADD', fast_kernels.OPERATIONS),
+                          ('DENYLIST_ADD', FLOAT32_OPERATIONS),
+                          ('ALLOWLIST_REMOVE', FLOAT32_OPERATIONS),
+                          ('INFERLIST_REMOVE', FLOAT32_OPERATIONS)):
       name = f'TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_{change}'
-      operations = {*filter(None, os.environ.get(name, '').split(',')), *FLOAT32_OPERATIONS}
+      operations = {*filter(None, os.environ.get(name, '').split(',')), *names}
       os.environ[name] = ','.join(sorted(operations))
   if precision == 'float16':
     rewrites.auto_mixed_precision = rewriter_config_pb2.RewriterConfig.ON

@@ -24,7 +24,7 @@ import checkpoints
 import cluster
 import evaluation
 import evaluation_hook
-import fast_gradients
+import fast_operations
 import fine_tuning
 import flowers
 import log_folder
@@ -110,7 +110,7 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
     A TrainStep.
   """
   def tower(*tower_batch):
-    with fast_gradients.override():
+    with fast_operations.override():
       cross_entropy, accuracy = loss_fn(*tower_batch)
     variables = fine_tuning.trainable_variables(trainable_scopes)
     return cross_entropy, accuracy, optimizer.compute_gradients(cross_entropy, variables)

@@ -18,7 +18,8 @@ from benchmarks import input_pipeline
 from benchmarks import network
 from benchmarks import peers
 from benchmarks import rounds
-import fast_gradients
+import fast_kernels
+import fast_operations
 import precision
 import towers
 
@@ -76,10 +77,26 @@ class GainsTest(unittest.TestCase):
     self.check(seconds['slower'] / seconds['faster'], at_least)
 
   def test_gradients_by_matrix_products(self):
-    with mock.patch.object(fast_gradients, 'override',
-                           lambda: tf.get_default_graph().gradient_override_map({})):
+    with mock.patch.object(fast_operations, 'CONV2D_GRADIENT', 'Conv2D'):  # TensorFlow's own
       slims = training_seconds()
     self.compare_steps(training_seconds(), slims, 1.02)
+
+  def test_kernels(self):
+    self.skip_without_kernels()
+    with mock.patch.object(fast_kernels, 'load', lambda: None):
+      tensorflows = training_seconds()
+    self.compare_steps(training_seconds(), tensorflows, 1.03)
+
+  def test_kernels_in_bfloat16(self):
+    self.skip_without_kernels()
+    self.skip_without_bfloat16()
+    with mock.patch.object(fast_kernels, 'load', lambda: None):
+      tensorflows = training_seconds('bfloat16')
+    self.compare_steps(training_seconds('bfloat16'), tensorflows, 1.12)
+
+  def skip_without_kernels(self):
+    if fast_kernels.load() is None:
+      self.skipTest('there is no C++ compiler')
 
   def skip_without_bfloat16(self):
     try:
@@ -89,9 +106,11 @@ class GainsTest(unittest.TestCase):
 
   def test_float32_operations_in_bfloat16_training(self):
     self.skip_without_bfloat16()
-    with mock.patch.object(precision, 'FLOAT32_OPERATIONS', ()):
-      grapplers = training_seconds('bfloat16')
-    self.compare_steps(training_seconds('bfloat16'), grapplers, 1.025)
+    with mock.patch.object(fast_kernels, 'load', lambda: None):  # which needs none of it
+      ours = training_seconds('bfloat16')
+      with mock.patch.object(precision, 'FLOAT32_OPERATIONS', ()):
+        grapplers = training_seconds('bfloat16')
+    self.compare_steps(ours, grapplers, 1.025)
 
   def test_folding_in_bfloat16(self):
     self.skip_without_bfloat16()

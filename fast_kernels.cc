@@ -1,0 +1,606 @@
+// Batch norm with its ReLU and depthwise convolution with its ReLU, for training on CPUs.
+//
+// What these operations cost is reading and writing images, not arithmetic. So each
+// reads its images as seldom as can be, in the format that they are stored in (float32
+// or bfloat16), and computes in float32. `fast_kernels.py` compiles this file.
+//
+// Sums are made of parts whose size does not depend on the number of threads, and added
+// up in one order: the same input gives the same bits on a machine of any size.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include "absl/base/casts.h"
+#include "absl/status/status.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/util/work_sharder.h"
+
+// Tells the compiler that no iteration of the next loop writes what another one reads.
+#ifdef __clang__
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
+namespace {
+
+using tensorflow::OpKernel;
+using tensorflow::OpKernelConstruction;
+using tensorflow::OpKernelContext;
+using tensorflow::Tensor;
+using tensorflow::TensorShape;
+using tensorflow::shape_inference::InferenceContext;
+using tensorflow::shape_inference::ShapeHandle;
+
+// A bfloat16 is the upper half of a float32: as an integer, compilers can vectorize it.
+using Bfloat16Bits = uint16_t;
+
+inline float ToFloat(float value) { return value; }
+
+inline float ToFloat(Bfloat16Bits bits) {
+  return absl::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
+
+inline void Store(float value, float* target) { *target = value; }
+
+inline void Store(float value, Bfloat16Bits* target) {
+  const uint32_t bits = absl::bit_cast<uint32_t>(value);
+  const uint32_t to_nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  *target = value == value ? to_nearest_even : 0x7fc0;  // else a NaN could become a number
+}
+
+template <typename T>
+struct Format {
+  using Type = T;
+};
+
+template <>
+struct Format<tensorflow::bfloat16> {
+  using Type = Bfloat16Bits;
+};
+
+template <typename T>
+const typename Format<T>::Type* Values(const Tensor& tensor) {
+  return reinterpret_cast<const typename Format<T>::Type*>(tensor.flat<T>().data());
+}
+
+template <typename T>
+typename Format<T>::Type* Values(Tensor* tensor) {
+  return reinterpret_cast<typename Format<T>::Type*>(tensor->flat<T>().data());
+}
+
+// Calls work(begin, end) for parts of [0, count) on the threads of the device.
+void InParallel(OpKernelContext* context, int64_t count, int64_t cycles_each,
+                const std::function<void(int64_t, int64_t)>& work) {
+  const auto* threads = context->device()->tensorflow_cpu_worker_threads();
+  tensorflow::Shard(threads->num_threads, threads->workers, count, cycles_each, work);
+}
+
+// Adds up rows of numbers in their order.
+std::vector<double> AddRows(const std::vector<float>& rows, int64_t size) {
+  std::vector<double> sums(size);
+  for (size_t row = 0; row < rows.size(); row += size) {
+    for (int64_t i = 0; i < size; ++i) sums[i] += rows[row + i];
+  }
+  return sums;
+}
+
+// Returns, for each channel, the sums over all pixels of the two numbers that
+// pair(index of a value, its channel) returns: those of the first, then of the second.
+template <typename Pair>
+std::vector<double> SumPairs(OpKernelContext* context, int64_t pixels, int64_t channels,
+                             const Pair pair) {
+  constexpr int64_t kPixels = 128;  // of a part: many parts, and few partial sums
+  constexpr int64_t kAtOnce = 4;    // pixels between two visits of a partial sum
+  const int64_t parts = (pixels + kPixels - 1) / kPixels;
+  std::vector<float> sums(parts * 2 * channels);
+  InParallel(context, parts, kPixels * channels, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      float* first = &sums[part * 2 * channels];
+      float* second = first + channels;
+      const int64_t last_pixel = std::min(pixels, (part + 1) * kPixels);
+      int64_t pixel = part * kPixels;
+      for (; pixel + kAtOnce <= last_pixel; pixel += kAtOnce) {
+        INDEPENDENT
+        for (int64_t c = 0; c < channels; ++c) {
+          const int64_t i = pixel * channels + c;
+          const auto p = pair(i, c), q = pair(i + channels, c);
+          const auto r = pair(i + 2 * channels, c), s = pair(i + 3 * channels, c);
+          first[c] += (p.first + q.first) + (r.first + s.first);
+          second[c] += (p.second + q.second) + (r.second + s.second);
+        }
+      }
+      for (; pixel < last_pixel; ++pixel) {
+        INDEPENDENT
+        for (int64_t c = 0; c < channels; ++c) {
+          const auto p = pair(pixel * channels + c, c);
+          first[c] += p.first;
+          second[c] += p.second;
+        }
+      }
+    }
+  });
+  return AddRows(sums, 2 * channels);
+}
+
+// Calls function(index of a value, its channel) for all values of all pixels.
+template <typename Function>
+void ForEachValue(OpKernelContext* context, int64_t pixels, int64_t channels,
+                  const Function function) {
+  InParallel(context, pixels, channels, [=](int64_t begin, int64_t end) {
+    for (int64_t pixel = begin; pixel < end; ++pixel) {
+      INDEPENDENT
+      for (int64_t c = 0; c < channels; ++c) function(pixel * channels + c, c);
+    }
+  });
+}
+
+// Returns an error unless images and parameters fit: the kernels rely on it.
+absl::Status CheckSizes(const Tensor& images, std::initializer_list<const Tensor*> parameters) {
+  if (images.dims() != 4 || images.NumElements() == 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("images must have four dimensions and a pixel at least, got ",
+                     images.shape().DebugString()));
+  }
+  for (const Tensor* parameter : parameters) {
+    if (parameter->shape() != TensorShape({images.dim_size(3)})) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("a parameter must have one value for each of the ", images.dim_size(3),
+                       " channels, got ", parameter->shape().DebugString()));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// y = (x - mean) / deviation * scale + offset with the batch's own statistics, then
+// max(y, 0) if the attribute relu is true.
+template <typename T>
+class BatchNorm : public OpKernel {
+ public:
+  explicit BatchNorm(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("epsilon", &epsilon_));
+    OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor &images = context->input(0), &scale = context->input(1);
+    const Tensor& offset = context->input(2);
+    OP_REQUIRES_OK(context, CheckSizes(images, {&scale, &offset}));
+    const int64_t channels = images.dim_size(3), pixels = images.NumElements() / channels;
+    Tensor *output, *mean, *variance, *inverse_deviation;
+    OP_REQUIRES_OK(context, context->allocate_output(0, images.shape(), &output));
+    OP_REQUIRES_OK(context, context->allocate_output(1, scale.shape(), &mean));
+    OP_REQUIRES_OK(context, context->allocate_output(2, scale.shape(), &variance));
+    OP_REQUIRES_OK(context, context->allocate_output(3, scale.shape(), &inverse_deviation));
+
+    // In one pass: the squares are of distances to a value of the channel itself, since
+    // those of large values would swallow the variance.
+    const auto* x = Values<T>(images);
+    std::vector<float> origins(channels), factors(channels), terms(channels);
+    for (int64_t c = 0; c < channels; ++c) origins[c] = ToFloat(x[c]);
+    const float* origin = origins.data();
+    const auto sums = SumPairs(context, pixels, channels, [=](int64_t i, int64_t c) {
+      const float distance = ToFloat(x[i]) - origin[c];
+      return std::make_pair(distance, distance * distance);
+    });
+
+    for (int64_t c = 0; c < channels; ++c) {
+      const double distance = sums[c] / pixels;
+      const double square = sums[channels + c] / pixels - distance * distance;
+      // Not max(0, square), which would hide a NaN.
+      const double biased_variance = square < 0 ? 0 : square;
+      const float inverse = 1 / std::sqrt(biased_variance + epsilon_);
+      const float center = origins[c] + distance;
+      mean->vec<float>()(c) = center;
+      // TensorFlow's moving average is of the unbiased estimate.
+      variance->vec<float>()(c) = biased_variance * pixels / std::max<int64_t>(pixels - 1, 1);
+      inverse_deviation->vec<float>()(c) = inverse;
+      // As the gradient computes it again, to know what the ReLU let pass.
+      factors[c] = scale.vec<float>()(c) * inverse;
+      terms[c] = offset.vec<float>()(c) - center * factors[c];
+    }
+
+    auto* y = Values<T>(output);
+    const float *factor = factors.data(), *term = terms.data();
+    const float lowest = relu_ ? 0 : -std::numeric_limits<float>::infinity();
+    ForEachValue(context, pixels, channels, [=](int64_t i, int64_t c) {
+      const float value = ToFloat(x[i]) * factor[c] + term[c];
+      Store(value < lowest ? lowest : value, y + i);
+    });
+  }
+
+ private:
+  float epsilon_;
+  bool relu_;
+};
+
+// The gradients of BatchNorm with respect to x, scale and offset.
+template <typename T>
+class BatchNormGrad : public OpKernel {
+ public:
+  explicit BatchNormGrad(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    relu_ ? ComputeGradients<true>(context) : ComputeGradients<false>(context);
+  }
+
+ private:
+  template <bool relu>
+  void ComputeGradients(OpKernelContext* context) {
+    const Tensor &gradient = context->input(0), &images = context->input(1);
+    const Tensor &scale = context->input(2), &offset = context->input(3);
+    const Tensor &mean = context->input(4), &inverse_deviation = context->input(5);
+    OP_REQUIRES_OK(context,
+                   CheckSizes(images, {&scale, &offset, &mean, &inverse_deviation}));
+    OP_REQUIRES_OK(context, CheckSizes(gradient, {&scale}));
+    OP_REQUIRES(context, gradient.shape() == images.shape(),
+                absl::InvalidArgumentError("gradient and images differ in shape"));
+    const int64_t channels = images.dim_size(3), pixels = images.NumElements() / channels;
+    Tensor *images_gradient, *scale_gradient, *offset_gradient;
+    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
+                                {0}, 0, images.shape(), &images_gradient));
+    OP_REQUIRES_OK(context, context->allocate_output(1, scale.shape(), &scale_gradient));
+    OP_REQUIRES_OK(context, context->allocate_output(2, scale.shape(), &offset_gradient));
+
+    const auto *dy = Values<T>(gradient), *x = Values<T>(images);
+    const float* center = mean.flat<float>().data();
+    std::vector<float> factors(channels), terms(channels), slopes(channels), shifts(channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      factors[c] = scale.vec<float>()(c) * inverse_deviation.vec<float>()(c);
+      terms[c] = offset.vec<float>()(c) - center[c] * factors[c];
+    }
+    const float *factor = factors.data(), *term = terms.data();
+    // What reaches the batch norm through the ReLU, which is not stored: y > 0 as it was.
+    const auto passed = [=](int64_t i, int64_t c) {
+      const float value = ToFloat(dy[i]);
+      return !relu || ToFloat(x[i]) * factor[c] + term[c] > 0 ? value : 0.0f;
+    };
+    const auto sums = SumPairs(context, pixels, channels, [=](int64_t i, int64_t c) {
+      const float value = passed(i, c);
+      return std::make_pair(value, value * (ToFloat(x[i]) - center[c]));
+    });
+
+    for (int64_t c = 0; c < channels; ++c) {
+      const double inverse = inverse_deviation.vec<float>()(c);
+      const double slope = -factors[c] * inverse * inverse * sums[channels + c] / pixels;
+      offset_gradient->vec<float>()(c) = sums[c];
+      scale_gradient->vec<float>()(c) = sums[channels + c] * inverse;
+      slopes[c] = slope;
+      shifts[c] = -factors[c] * sums[c] / pixels;
+    }
+    auto* dx = Values<T>(images_gradient);
+    const float *slope = slopes.data(), *shift = shifts.data();
+    ForEachValue(context, pixels, channels, [=](int64_t i, int64_t c) {
+      Store(factor[c] * passed(i, c) + slope[c] * (ToFloat(x[i]) - center[c]) + shift[c],
+            dx + i);
+    });
+  }
+
+  bool relu_;
+};
+
+// Sixteen channels at once, whatever width the processor's own vectors have.
+constexpr int64_t kLanes = 16;
+typedef float Lanes __attribute__((vector_size(64)));
+typedef uint32_t LaneBits __attribute__((vector_size(64)));
+typedef Bfloat16Bits Bfloat16Lanes __attribute__((vector_size(32)));
+
+inline Lanes LoadLanes(const float* values) {
+  Lanes lanes;
+  std::memcpy(&lanes, values, sizeof lanes);  // one instruction, aligned or not
+  return lanes;
+}
+
+inline Lanes LoadLanes(const Bfloat16Bits* values) {
+  Bfloat16Lanes bits;
+  std::memcpy(&bits, values, sizeof bits);
+#ifdef __AVX512F__  // which compilers make three times as many instructions of
+  const auto wide = reinterpret_cast<LaneBits>(
+      _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits)));
+#else
+  const auto wide = __builtin_convertvector(bits, LaneBits);
+#endif
+  return reinterpret_cast<Lanes>(wide << 16);
+}
+
+inline void StoreLanes(Lanes lanes, float* target) { std::memcpy(target, &lanes, sizeof lanes); }
+
+inline void StoreLanes(Lanes lanes, Bfloat16Bits* target) {
+#ifdef __AVX512BF16__
+  const auto stored = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(lanes));
+#else
+  const LaneBits bits = reinterpret_cast<LaneBits>(lanes);
+  const LaneBits to_nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const LaneBits not_a_number = LaneBits{} + 0x7fc0;
+  const Bfloat16Lanes stored = __builtin_convertvector(
+      lanes == lanes ? to_nearest_even : not_a_number, Bfloat16Lanes);
+#endif
+  std::memcpy(target, &stored, sizeof stored);
+}
+
+// Returns lanes where condition is greater than zero, else zero.
+inline Lanes WherePositive(Lanes condition, Lanes lanes) {
+  return condition > 0 ? lanes : Lanes{};
+}
+
+// For a 3 x 3 depthwise convolution with stride 1 and padding SAME: the row of an image
+// that it is at, with those above and below.
+template <typename Value>
+class Rows {
+ public:
+  // Row counts through all images; `outside` is a row of zeros, beyond an image's edge.
+  Rows(const Tensor& images, const Value* values, int64_t row, const Value* outside)
+      : width_(images.dim_size(2)), channels_(images.dim_size(3)) {
+    const int64_t height = images.dim_size(1), row_size = width_ * channels_;
+    rows_[1] = values + row * row_size;
+    rows_[0] = row % height > 0 ? rows_[1] - row_size : outside;
+    rows_[2] = (row + 1) % height > 0 ? rows_[1] + row_size : outside;
+  }
+
+  // Calls visit(index in the row, pixels around) for each column, the lanes from channel
+  // c on. relu: whether pixels below zero count as zero.
+  template <bool relu, typename Visit>
+  inline __attribute__((always_inline)) void VisitColumns(int64_t c, const Visit visit) const {
+    Lanes around[3][3] = {};
+    const auto move_to = [&](int64_t column) __attribute__((always_inline)) {
+      for (int i = 0; i < 3; ++i) {
+        around[i][0] = around[i][1];
+        around[i][1] = around[i][2];
+        around[i][2] = Lanes{};
+        if (column + 1 < width_) {
+          const Lanes pixels = LoadLanes(rows_[i] + (column + 1) * channels_ + c);
+          around[i][2] = relu ? WherePositive(pixels, pixels) : pixels;
+        }
+      }
+    };
+    move_to(-1);
+    for (int64_t column = 0; column < width_; ++column) {
+      move_to(column);
+      visit(column * channels_ + c, around);
+    }
+  }
+
+ private:
+  const int64_t width_, channels_;
+  const Value* rows_[3];
+};
+
+inline __attribute__((always_inline)) Lanes Product(const Lanes (&a)[3][3],
+                                                    const Lanes (&b)[3][3]) {
+  Lanes sums[3];
+  for (int i = 0; i < 3; ++i) {
+    sums[i] = a[i][0] * b[i][0] + a[i][1] * b[i][1] + a[i][2] * b[i][2];
+  }
+  return sums[0] + sums[1] + sums[2];
+}
+
+absl::Status CheckDepthwise(const Tensor& images, const Tensor& kernel) {
+  if (const auto status = CheckSizes(images, {}); !status.ok()) return status;
+  const int64_t channels = images.dim_size(3);
+  if (channels < kLanes || kernel.shape() != TensorShape({3, 3, channels, 1})) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "images must have 16 channels or more, and the kernel must be 3 x 3 with as many, got ",
+        images.shape().DebugString(), " and ", kernel.shape().DebugString()));
+  }
+  return absl::OkStatus();
+}
+
+// A 3 x 3 depthwise convolution with stride 1 and padding SAME, of max(x, 0) instead of x
+// if the attribute relu is true.
+template <typename T>
+class Depthwise : public OpKernel {
+ public:
+  explicit Depthwise(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    relu_ ? Convolve<true>(context) : Convolve<false>(context);
+  }
+
+ private:
+  template <bool relu>
+  void Convolve(OpKernelContext* context) {
+    const Tensor &images = context->input(0), &kernel = context->input(1);
+    OP_REQUIRES_OK(context, CheckDepthwise(images, kernel));
+    Tensor* output;
+    OP_REQUIRES_OK(context, context->allocate_output(0, images.shape(), &output));
+    const int64_t num_rows = images.dim_size(0) * images.dim_size(1);
+    const int64_t channels = images.dim_size(3), row_size = images.dim_size(2) * channels;
+    const auto* x = Values<T>(images);
+    const float* weights = kernel.flat<float>().data();
+    auto* y = Values<T>(output);
+    const std::vector<typename Format<T>::Type> outside(row_size);
+    InParallel(context, num_rows, row_size, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const Rows rows(images, x, row, outside.data());
+        auto* target = y + row * row_size;
+        for (int64_t next = 0; next < channels; next += kLanes) {
+          // The last lanes begin earlier, where the channels are no multiple of them.
+          const int64_t c = std::min(next, channels - kLanes);
+          Lanes weight[3][3];
+          for (int i = 0; i < 9; ++i) weight[i / 3][i % 3] = LoadLanes(weights + i * channels + c);
+          rows.template VisitColumns<relu>(
+              c, [&](int64_t i, const Lanes (&around)[3][3]) __attribute__((always_inline)) {
+                StoreLanes(Product(weight, around), target + i);
+              });
+        }
+      }
+    });
+  }
+
+  bool relu_;
+};
+
+// The gradients of Depthwise with respect to x and the kernel.
+template <typename T>
+class DepthwiseGrad : public OpKernel {
+ public:
+  explicit DepthwiseGrad(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    relu_ ? ComputeGradients<true>(context) : ComputeGradients<false>(context);
+  }
+
+ private:
+  template <bool relu>
+  void ComputeGradients(OpKernelContext* context) {
+    const Tensor &gradient = context->input(0), &images = context->input(1);
+    const Tensor& kernel = context->input(2);
+    OP_REQUIRES_OK(context, CheckDepthwise(images, kernel));
+    OP_REQUIRES(context, gradient.shape() == images.shape(),
+                absl::InvalidArgumentError("gradient and images differ in shape"));
+    Tensor *images_gradient, *kernel_gradient;
+    OP_REQUIRES_OK(context, context->allocate_output(0, images.shape(), &images_gradient));
+    OP_REQUIRES_OK(context, context->allocate_output(1, kernel.shape(), &kernel_gradient));
+
+    constexpr int64_t kRows = 8;  // of a part: the sums are made of parts
+    const int64_t num_rows = images.dim_size(0) * images.dim_size(1);
+    const int64_t channels = images.dim_size(3), row_size = images.dim_size(2) * channels;
+    const int64_t parts = (num_rows + kRows - 1) / kRows;
+    const auto *x = Values<T>(images), *dy = Values<T>(gradient);
+    const float* weights = kernel.flat<float>().data();
+    auto* dx = Values<T>(images_gradient);
+    const std::vector<typename Format<T>::Type> outside(row_size);
+    std::vector<float> sums(parts * 9 * channels);
+    InParallel(context, parts, kRows * row_size * 2, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin * kRows; row < std::min(end * kRows, num_rows); ++row) {
+        const Rows rows_of_x(images, x, row, outside.data());
+        const Rows rows_of_dy(images, dy, row, outside.data());
+        for (int64_t next = 0; next < channels; next += kLanes) {
+          const int64_t c = std::min(next, channels - kLanes);
+          ImagesGradient<relu>(rows_of_dy, weights, channels, c, x + row * row_size,
+                               dx + row * row_size);
+          KernelGradient<relu>(rows_of_x, dy + row * row_size, channels, c, next - c,
+                               &sums[row / kRows * 9 * channels]);
+        }
+      }
+    });
+    const auto total = AddRows(sums, 9 * channels);
+    std::copy(total.begin(), total.end(), kernel_gradient->flat<float>().data());
+  }
+
+  // Convolves the gradient of a row with the kernel turned round.
+  template <bool relu, typename Value>
+  static void ImagesGradient(const Rows<Value>& rows_of_dy, const float* weights,
+                             int64_t channels, int64_t c, const Value* x, Value* dx) {
+    Lanes weight[3][3];
+    for (int i = 0; i < 9; ++i) weight[i / 3][i % 3] = LoadLanes(weights + (8 - i) * channels + c);
+    rows_of_dy.template VisitColumns<false>(
+        c, [&](int64_t i, const Lanes (&around)[3][3]) __attribute__((always_inline)) {
+          const Lanes value = Product(weight, around);
+          StoreLanes(relu ? WherePositive(LoadLanes(x + i), value) : value, dx + i);
+        });
+  }
+
+  // Adds a row to the sums, [9, channels], but for the lanes that are done already.
+  template <bool relu, typename Value>
+  static void KernelGradient(const Rows<Value>& rows_of_x, const Value* dy, int64_t channels,
+                             int64_t c, int64_t done, float* sums) {
+    Lanes sum[3][3];
+    for (int i = 0; i < 9; ++i) sum[i / 3][i % 3] = LoadLanes(sums + i * channels + c);
+    rows_of_x.template VisitColumns<relu>(
+        c, [&](int64_t index, const Lanes (&around)[3][3]) __attribute__((always_inline)) {
+          const Lanes value = LoadLanes(dy + index);
+          for (int i = 0; i < 3; ++i) {
+            for (int j = 0; j < 3; ++j) sum[i][j] += value * around[i][j];
+          }
+        });
+    for (int i = 0; i < 9; ++i) {
+      std::memcpy(sums + i * channels + c + done,
+                  reinterpret_cast<const float*>(&sum[i / 3][i % 3]) + done,
+                  (kLanes - done) * sizeof(float));
+    }
+  }
+
+  bool relu_;
+};
+
+REGISTER_OP("XceptionBatchNorm")
+    .Attr("T: {float, bfloat16}")
+    .Attr("epsilon: float")
+    .Attr("relu: bool")
+    .Input("images: T")
+    .Input("scale: float")
+    .Input("offset: float")
+    .Output("output: T")
+    .Output("mean: float")
+    .Output("variance: float")
+    .Output("inverse_deviation: float")
+    .SetShapeFn([](InferenceContext* context) {
+      ShapeHandle images;
+      TF_RETURN_IF_ERROR(context->WithRank(context->input(0), 4, &images));
+      context->set_output(0, images);
+      for (int i = 1; i < 4; ++i) context->set_output(i, context->Vector(context->Dim(images, 3)));
+      return absl::OkStatus();
+    });
+
+REGISTER_OP("XceptionBatchNormGrad")
+    .Attr("T: {float, bfloat16}")
+    .Attr("relu: bool")
+    .Input("gradient: T")
+    .Input("images: T")
+    .Input("scale: float")
+    .Input("offset: float")
+    .Input("mean: float")
+    .Input("inverse_deviation: float")
+    .Output("images_gradient: T")
+    .Output("scale_gradient: float")
+    .Output("offset_gradient: float")
+    .SetShapeFn([](InferenceContext* context) {
+      for (int i = 0; i < 3; ++i) context->set_output(i, context->input(i + 1));
+      return absl::OkStatus();
+    });
+
+REGISTER_OP("XceptionDepthwise")
+    .Attr("T: {float, bfloat16}")
+    .Attr("relu: bool")
+    .Input("images: T")
+    .Input("kernel: float")
+    .Output("output: T")
+    .SetShapeFn([](InferenceContext* context) {
+      context->set_output(0, context->input(0));
+      return absl::OkStatus();
+    });
+
+REGISTER_OP("XceptionDepthwiseGrad")
+    .Attr("T: {float, bfloat16}")
+    .Attr("relu: bool")
+    .Input("gradient: T")
+    .Input("images: T")
+    .Input("kernel: float")
+    .Output("images_gradient: T")
+    .Output("kernel_gradient: float")
+    .SetShapeFn([](InferenceContext* context) {
+      for (int i = 0; i < 2; ++i) context->set_output(i, context->input(i + 1));
+      return absl::OkStatus();
+    });
+
+#define REGISTER_KERNEL(name, Kernel, T)                                              \
+  REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), \
+                          Kernel<T>);
+#define REGISTER_KERNELS(T)                                          \
+  REGISTER_KERNEL("XceptionBatchNorm", BatchNorm, T)                 \
+  REGISTER_KERNEL("XceptionBatchNormGrad", BatchNormGrad, T)         \
+  REGISTER_KERNEL("XceptionDepthwise", Depthwise, T)                 \
+  REGISTER_KERNEL("XceptionDepthwiseGrad", DepthwiseGrad, T)
+REGISTER_KERNELS(float)
+REGISTER_KERNELS(tensorflow::bfloat16)
+
+}  // namespace

@@ -1,0 +1,246 @@
+"""Tests that the operations of fast_kernels.cc are TensorFlow's, and how they are built."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from unittest import mock
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+import fast_kernels
+
+EPSILON = 0.001
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def setUpModule():
+  tf.disable_v2_behavior()
+  tf.enable_resource_variables()
+
+
+def evaluate(fetches, num_threads=2):
+  config = tf.ConfigProto(intra_op_parallelism_threads=num_threads)
+  with tf.Session(config=config) as session:
+    return session.run(fetches)
+
+
+class OperationsTest(tf.test.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.kernels = fast_kernels.load()
+    if self.kernels is None:
+      self.skipTest('there is no C++ compiler')
+    self.random = np.random.default_rng(0)
+
+  def normal(self, *shape, mean=0.0):
+    return tf.constant(self.random.normal(mean, 1.0, shape), tf.float32)
+
+  def assertClose(self, values, expected, relative):
+    for value, wanted in zip(values, expected, strict=True):
+      wanted = np.asarray(wanted, np.float64)
+      self.assertAllClose(np.asarray(value, np.float64), wanted, rtol=0,
+                          atol=relative * np.abs(wanted).max())
+
+  def batch_norms(self, shape, dtype, relu, mean=0.0):
+    """Returns this project's and TensorFlow's outputs, statistics and gradients, as tensors."""
+    images = tf.cast(self.normal(*shape, mean=mean), dtype)
+    scale, offset = self.normal(shape[-1]), self.normal(shape[-1])
+    theirs, their_mean, their_variance, *reserved = tf.raw_ops.FusedBatchNormV3(
+        x=tf.cast(images, tf.float32), scale=scale, offset=offset, mean=[], variance=[],
+        epsilon=EPSILON)
+    # Rounding decides what a ReLU lets pass at 0: no gradient comes from there.
+    gradient = self.normal(*shape) * tf.cast(tf.abs(theirs) > 0.01, tf.float32)
+    gradient = tf.cast(gradient, dtype)
+    passed = tf.cast(gradient, tf.float32)
+    if relu:
+      theirs = tf.nn.relu(theirs)
+      passed = tf.raw_ops.ReluGrad(gradients=passed, features=theirs)
+    their_gradients = tf.raw_ops.FusedBatchNormGradV3(
+        y_backprop=passed, x=tf.cast(images, tf.float32), scale=scale,
+        reserve_space_1=reserved[0], reserve_space_2=reserved[1], reserve_space_3=reserved[2],
+        epsilon=EPSILON)[:3]
+
+    ours, our_mean, our_variance, inverse = self.kernels.xception_batch_norm(
+        images, scale, offset, epsilon=EPSILON, relu=relu)
+    our_gradients = self.kernels.xception_batch_norm_grad(
+        gradient, images, scale, offset, our_mean, inverse, relu=relu)
+    return ([tf.cast(each, tf.float32) for each in (ours, our_mean, our_variance, *our_gradients)],
+            [theirs, their_mean, their_variance, *their_gradients])
+
+  def test_batch_norm(self):
+    # Channels and pixels that are no multiples of anything, one pixel, many parts.
+    for shape in ((2, 7, 5, 21), (1, 1, 2, 3), (8, 19, 19, 40)):
+      for relu in (False, True):
+        with self.subTest(shape=shape, relu=relu), tf.Graph().as_default():
+          self.assertClose(*evaluate(self.batch_norms(shape, tf.float32, relu)), 1e-5)
+
+  def test_batch_norm_in_bfloat16(self):
+    with tf.Graph().as_default():
+      ours, theirs = evaluate(self.batch_norms((8, 19, 19, 40), tf.bfloat16, relu=True))
+    # Of images: rounded to 8 bits. Of channels: computed in float32 from the same images.
+    self.assertClose(ours[0:4:3], theirs[0:4:3], 2**-8)
+    self.assertClose(ours[1:3] + ours[4:], theirs[1:3] + theirs[4:], 1e-5)
+
+  def test_variance_beside_a_large_mean(self):
+    with tf.Graph().as_default():
+      images = self.normal(4, 16, 16, 24, mean=1000.0)
+      outputs = self.kernels.xception_batch_norm(images, tf.ones([24]), tf.zeros([24]),
+                                                 epsilon=EPSILON, relu=False)
+      images, (output, mean, variance, _) = evaluate((images, outputs))
+    images = images.astype(np.float64)
+    deviation = np.sqrt(images.var((0, 1, 2)) + EPSILON)
+    self.assertAllClose(mean, images.mean((0, 1, 2)), rtol=1e-6)
+    self.assertAllClose(variance, images.var((0, 1, 2), ddof=1), rtol=1e-5)
+    # 1000 has steps of 6e-5 in float32.
+    self.assertAllClose(output, (images - images.mean((0, 1, 2))) / deviation, atol=2e-4)
+
+  def depthwise(self, shape, dtype, relu):
+    """Returns this project's and TensorFlow's output and gradients, as tensors."""
+    images, gradient = (tf.cast(self.normal(*shape), dtype) for _ in range(2))
+    kernel = self.normal(3, 3, shape[-1], 1)
+    ours = self.kernels.xception_depthwise(images, kernel, relu=relu)
+    our_gradients = self.kernels.xception_depthwise_grad(gradient, images, kernel, relu=relu)
+    wide = tf.cast(images, tf.float32)
+    theirs = tf.nn.depthwise_conv2d(tf.nn.relu(wide) if relu else wide, kernel, [1, 1, 1, 1],
+                                    'SAME')
+    their_gradients = tf.gradients(theirs, [wide, kernel], tf.cast(gradient, tf.float32))
+    return ([tf.cast(each, tf.float32) for each in (ours, *our_gradients)],
+            [theirs, *their_gradients])
+
+  def test_depthwise(self):
+    for shape in ((2, 7, 5, 40), (1, 1, 1, 16), (1, 2, 1, 17), (3, 19, 19, 56)):
+      for relu in (False, True):
+        with self.subTest(shape=shape, relu=relu), tf.Graph().as_default():
+          self.assertClose(*evaluate(self.depthwise(shape, tf.float32, relu)), 1e-5)
+
+  def test_depthwise_in_bfloat16(self):
+    with tf.Graph().as_default():
+      ours, theirs = evaluate(self.depthwise((3, 19, 19, 56), tf.bfloat16, relu=True))
+    self.assertClose(ours[:2], theirs[:2], 2**-8)
+    self.assertClose(ours[2:], theirs[2:], 1e-5)
+
+  def test_rounding_to_bfloat16_is_tensorflows(self):
+    values = np.float32([0, 1, 1 + 2**-8, 1 + 3 * 2**-8, -1.003, 3.4e38, 1e-30, np.inf, -np.inf,
+                         np.nan, -np.nan])
+    values = np.tile(values[:, None], 16)
+    rounded = []
+    for value in values:
+      kernel = np.zeros([3, 3, 16, 1], np.float32)
+      kernel[1, 1] = value[:, None]
+      with tf.Graph().as_default():
+        rounded.append(evaluate(tf.cast(self.kernels.xception_depthwise(
+            tf.cast(tf.ones([1, 1, 1, 16]), tf.bfloat16), kernel, relu=False), tf.float32)))
+    with tf.Graph().as_default():
+      wanted = evaluate(tf.cast(tf.cast(values, tf.bfloat16), tf.float32))
+    np.testing.assert_array_equal(np.reshape(rounded, values.shape), wanted)
+
+  def test_not_a_number_stays_one(self):
+    images = np.ones([1, 4, 4, 20], np.float32)
+    images[0, 0, 0, 3] = np.nan
+    for dtype in (tf.float32, tf.bfloat16):
+      with tf.Graph().as_default():
+        outputs = evaluate([tf.cast(each, tf.float32) for each in self.kernels.xception_batch_norm(
+            tf.cast(images, dtype), tf.ones([20]), tf.zeros([20]), epsilon=EPSILON, relu=True)])
+      for output in outputs:
+        self.assertTrue(np.isnan(output[..., 3]).all())
+        self.assertTrue(np.isfinite(output[..., 4]).all())
+
+  def test_threads_do_not_change_a_bit(self):
+    with tf.Graph().as_default():
+      tensors = (self.batch_norms((4, 37, 37, 24), tf.float32, True)[0] +
+                 self.depthwise((4, 37, 37, 24), tf.float32, True)[0])
+      # tf.constant makes the inputs those of both sessions.
+      for one, many in zip(evaluate(tensors, 1), evaluate(tensors, 5)):
+        self.assertAllEqual(one, many)
+
+  def test_what_does_not_fit_is_an_error(self):
+    images, kernel = tf.zeros([1, 4, 4, 16]), tf.zeros([3, 3, 16, 1])
+    sixteen = tf.zeros([16])
+    norm, depthwise = self.kernels.xception_batch_norm, self.kernels.xception_depthwise
+    for message, operation in (
+        ('16 channels, got [8]', norm(images, tf.zeros([8]), sixteen, epsilon=0.1, relu=False)),
+        ('a pixel at least', norm(tf.zeros([0, 4, 4, 16]), sixteen, sixteen, epsilon=0.1,
+                                  relu=False)),
+        ('16 channels or more', depthwise(tf.zeros([1, 4, 4, 8]), tf.zeros([3, 3, 8, 1]),
+                                          relu=False)),
+        ('must be 3 x 3', depthwise(images, tf.zeros([5, 5, 16, 1]), relu=False)),
+        ('differ in shape', self.kernels.xception_depthwise_grad(
+            tf.zeros([1, 4, 5, 16]), images, kernel, relu=False)),
+        ('differ in shape', self.kernels.xception_batch_norm_grad(
+            tf.zeros([2, 4, 4, 16]), images, *[sixteen] * 4, relu=False))):
+      with self.subTest(message), self.assertRaisesWithPredicateMatch(
+          tf.errors.InvalidArgumentError, lambda error, text=message: text in error.message):
+        evaluate(operation)
+
+
+class BuildTest(tf.test.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.folder = self.enterContext(tempfile.TemporaryDirectory())
+    self.said = self.enterContext(contextlib.redirect_stderr(io.StringIO()))
+
+  def write_compiler(self, script):
+    path = os.path.join(self.folder, 'compiler')
+    with open(path, 'w', encoding='utf-8') as f:
+      f.write(f'#!/bin/sh\n{script}\n')
+    os.chmod(path, 0o755)
+    self.enterContext(mock.patch.dict(os.environ, CXX=path))
+
+  def test_compiled_once(self):
+    self.write_compiler('for last; do if [ "$before" = -o ]; then echo made >> "$last"; fi; '
+                        'before="$last"; done')
+    path = fast_kernels.build(os.path.join(self.folder, 'build'))
+    self.write_compiler('exit 1')
+    self.assertEqual(fast_kernels.build(os.path.join(self.folder, 'build')), path)
+    with open(path, encoding='utf-8') as f:
+      self.assertEqual(f.read(), 'made\n')
+    self.assertEqual(os.listdir(os.path.dirname(path)), [os.path.basename(path)])
+    self.assertEqual(self.said.getvalue(), 'Compiling fast_kernels.cc, once\n')
+
+  def test_other_machines_have_other_files(self):
+    self.write_compiler('for last; do if [ "$before" = -o ]; then echo made > "$last"; fi; '
+                        'before="$last"; done')
+    paths = {fast_kernels.build(self.folder)}
+    with mock.patch.object(fast_kernels, '_processor', lambda: 'flags: fewer'):
+      paths.add(fast_kernels.build(self.folder))
+    with mock.patch.object(fast_kernels, 'FLAGS', ('-O2',)):
+      paths.add(fast_kernels.build(self.folder))
+    self.assertLen(paths, 3)
+
+  def test_a_compiler_that_fails(self):
+    self.write_compiler('echo "source.cc:1: note" >&2; echo "source.cc:2: error: no" >&2; exit 1')
+    with self.assertRaisesRegex(fast_kernels.BuildError, 'failed: source.cc:2: error: no$'):
+      fast_kernels.build(os.path.join(self.folder, 'build'))
+    self.assertEmpty(os.listdir(os.path.join(self.folder, 'build')))
+
+  def test_no_compiler(self):
+    with mock.patch.dict(os.environ, CXX='', PATH=self.folder), \
+         self.assertRaisesRegex(fast_kernels.BuildError, r'no C\+\+ compiler .*apt install g'):
+      fast_kernels.build(self.folder)
+
+  def test_a_folder_that_cannot_be_written(self):
+    self.write_compiler('exit 0')
+    path = os.path.join(self.folder, 'file')
+    with open(path, 'w', encoding='utf-8'):
+      pass
+    with self.assertRaisesRegex(fast_kernels.BuildError, 'file/build cannot be written'):
+      fast_kernels.build(os.path.join(path, 'build'))
+
+  def test_without_a_compiler_training_goes_on(self):
+    result = subprocess.run(
+        [sys.executable, 'benchmark.py', '--mode', 'train', '--batch_size', '2', '--image_size',
+         '71', '--depth_multiplier', '0.125', '--steps', '1'], cwd=PROJECT, capture_output=True,
+        text=True, env={**os.environ, 'CXX': 'no-such-compiler'})
+    self.assertEqual(result.returncode, 0, result.stderr)
+    self.assertIn('Training goes on without fast_kernels.cc, slower: no C++ compiler found '
+                  '(no-such-compiler)', result.stderr)
+
+
+if __name__ == '__main__':
+  tf.test.main()
