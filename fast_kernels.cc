@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -22,6 +23,7 @@
 
 #include "absl/base/casts.h"
 #include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -99,6 +101,7 @@ std::vector<double> AddRows(const std::vector<float>& rows, int64_t size) {
 
 // Returns, for each channel, the sums over all pixels of the two numbers that
 // pair(index of a value, its channel) returns: those of the first, then of the second.
+// Float sums of 128 pixels, whose sum is double.
 template <typename Pair>
 std::vector<double> SumPairs(OpKernelContext* context, int64_t pixels, int64_t channels,
                              const Pair pair) {
@@ -188,7 +191,7 @@ class BatchNorm : public OpKernel {
     // In one pass: the squares are of distances to a value of the channel itself, since
     // those of large values would swallow the variance.
     const auto* x = Values<T>(images);
-    std::vector<float> origins(channels), factors(channels), terms(channels);
+    std::vector<float> origins(channels), factors(channels);
     for (int64_t c = 0; c < channels; ++c) origins[c] = ToFloat(x[c]);
     const float* origin = origins.data();
     const auto sums = SumPairs(context, pixels, channels, [=](int64_t i, int64_t c) {
@@ -196,27 +199,26 @@ class BatchNorm : public OpKernel {
       return std::make_pair(distance, distance * distance);
     });
 
+    float* center = mean->flat<float>().data();
+    float* inverse = inverse_deviation->flat<float>().data();
     for (int64_t c = 0; c < channels; ++c) {
       const double distance = sums[c] / pixels;
       const double square = sums[channels + c] / pixels - distance * distance;
       // Not max(0, square), which would hide a NaN.
       const double biased_variance = square < 0 ? 0 : square;
-      const float inverse = 1 / std::sqrt(biased_variance + epsilon_);
-      const float center = origins[c] + distance;
-      mean->vec<float>()(c) = center;
+      center[c] = origins[c] + distance;
+      inverse[c] = 1 / std::sqrt(biased_variance + epsilon_);
+      factors[c] = scale.flat<float>().data()[c] * inverse[c];
       // TensorFlow's moving average is of the unbiased estimate.
-      variance->vec<float>()(c) = biased_variance * pixels / std::max<int64_t>(pixels - 1, 1);
-      inverse_deviation->vec<float>()(c) = inverse;
-      // As the gradient computes it again, to know what the ReLU let pass.
-      factors[c] = scale.vec<float>()(c) * inverse;
-      terms[c] = offset.vec<float>()(c) - center * factors[c];
+      variance->flat<float>().data()[c] =
+          biased_variance * pixels / std::max<int64_t>(pixels - 1, 1);
     }
 
     auto* y = Values<T>(output);
-    const float *factor = factors.data(), *term = terms.data();
+    const float *factor = factors.data(), *term = offset.flat<float>().data();
     const float lowest = relu_ ? 0 : -std::numeric_limits<float>::infinity();
     ForEachValue(context, pixels, channels, [=](int64_t i, int64_t c) {
-      const float value = ToFloat(x[i]) * factor[c] + term[c];
+      const float value = (ToFloat(x[i]) - center[c]) * factor[c] + term[c];
       Store(value < lowest ? lowest : value, y + i);
     });
   }
@@ -246,7 +248,6 @@ class BatchNormGrad : public OpKernel {
     const Tensor &mean = context->input(4), &inverse_deviation = context->input(5);
     OP_REQUIRES_OK(context,
                    CheckSizes(images, {&scale, &offset, &mean, &inverse_deviation}));
-    OP_REQUIRES_OK(context, CheckSizes(gradient, {&scale}));
     OP_REQUIRES(context, gradient.shape() == images.shape(),
                 absl::InvalidArgumentError("gradient and images differ in shape"));
     const int64_t channels = images.dim_size(3), pixels = images.NumElements() / channels;
@@ -257,17 +258,17 @@ class BatchNormGrad : public OpKernel {
     OP_REQUIRES_OK(context, context->allocate_output(2, scale.shape(), &offset_gradient));
 
     const auto *dy = Values<T>(gradient), *x = Values<T>(images);
-    const float* center = mean.flat<float>().data();
-    std::vector<float> factors(channels), terms(channels), slopes(channels), shifts(channels);
+    const float *center = mean.flat<float>().data(), *term = offset.flat<float>().data();
+    const float* inverse = inverse_deviation.flat<float>().data();
+    std::vector<float> factors(channels), slopes(channels), shifts(channels);
     for (int64_t c = 0; c < channels; ++c) {
-      factors[c] = scale.vec<float>()(c) * inverse_deviation.vec<float>()(c);
-      terms[c] = offset.vec<float>()(c) - center[c] * factors[c];
+      factors[c] = scale.flat<float>().data()[c] * inverse[c];
     }
-    const float *factor = factors.data(), *term = terms.data();
-    // What reaches the batch norm through the ReLU, which is not stored: y > 0 as it was.
+    const float* factor = factors.data();
+    // What reaches the batch norm through the ReLU: where y, computed as it was, is positive.
     const auto passed = [=](int64_t i, int64_t c) {
       const float value = ToFloat(dy[i]);
-      return !relu || ToFloat(x[i]) * factor[c] + term[c] > 0 ? value : 0.0f;
+      return !relu || (ToFloat(x[i]) - center[c]) * factor[c] + term[c] > 0 ? value : 0.0f;
     };
     const auto sums = SumPairs(context, pixels, channels, [=](int64_t i, int64_t c) {
       const float value = passed(i, c);
@@ -275,11 +276,10 @@ class BatchNormGrad : public OpKernel {
     });
 
     for (int64_t c = 0; c < channels; ++c) {
-      const double inverse = inverse_deviation.vec<float>()(c);
-      const double slope = -factors[c] * inverse * inverse * sums[channels + c] / pixels;
-      offset_gradient->vec<float>()(c) = sums[c];
-      scale_gradient->vec<float>()(c) = sums[channels + c] * inverse;
-      slopes[c] = slope;
+      const double scaled_sum = sums[channels + c] * inverse[c];
+      offset_gradient->flat<float>().data()[c] = sums[c];
+      scale_gradient->flat<float>().data()[c] = scaled_sum;
+      slopes[c] = -factors[c] * scaled_sum * inverse[c] / pixels;
       shifts[c] = -factors[c] * sums[c] / pixels;
     }
     auto* dx = Values<T>(images_gradient);
@@ -308,7 +308,7 @@ inline Lanes LoadLanes(const float* values) {
 inline Lanes LoadLanes(const Bfloat16Bits* values) {
   Bfloat16Lanes bits;
   std::memcpy(&bits, values, sizeof bits);
-#ifdef __AVX512F__  // which compilers make three times as many instructions of
+#ifdef __AVX512F__  // GCC's __builtin_convertvector takes three times as many instructions
   const auto wide = reinterpret_cast<LaneBits>(
       _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits)));
 #else
@@ -332,10 +332,11 @@ inline void StoreLanes(Lanes lanes, Bfloat16Bits* target) {
   std::memcpy(target, &stored, sizeof stored);
 }
 
-// Returns lanes where condition is greater than zero, else zero.
-inline Lanes WherePositive(Lanes condition, Lanes lanes) {
-  return condition > 0 ? lanes : Lanes{};
-}
+// Returns max(lanes, 0), and NaN for NaN.
+inline Lanes Relu(Lanes lanes) { return lanes < 0 ? Lanes{} : lanes; }
+
+// Returns the gradient where the ReLU's input was greater than zero, else zero.
+inline Lanes ReluGrad(Lanes input, Lanes gradient) { return input > 0 ? gradient : Lanes{}; }
 
 // For a 3 x 3 depthwise convolution with stride 1 and padding SAME: the row of an image
 // that it is at, with those above and below.
@@ -351,8 +352,9 @@ class Rows {
     rows_[2] = (row + 1) % height > 0 ? rows_[1] + row_size : outside;
   }
 
-  // Calls visit(index in the row, pixels around) for each column, the lanes from channel
-  // c on. relu: whether pixels below zero count as zero.
+  // Calls visit(index in the row, around) for each column, with the lanes from channel c on
+  // of the pixels around: around[1][1] is at the index, around[0] the row above it.
+  // relu: whether pixels below zero count as zero.
   template <bool relu, typename Visit>
   inline __attribute__((always_inline)) void VisitColumns(int64_t c, const Visit visit) const {
     Lanes around[3][3] = {};
@@ -363,7 +365,7 @@ class Rows {
         around[i][2] = Lanes{};
         if (column + 1 < width_) {
           const Lanes pixels = LoadLanes(rows_[i] + (column + 1) * channels_ + c);
-          around[i][2] = relu ? WherePositive(pixels, pixels) : pixels;
+          around[i][2] = relu ? Relu(pixels) : pixels;
         }
       }
     };
@@ -505,14 +507,14 @@ class DepthwiseGrad : public OpKernel {
     rows_of_dy.template VisitColumns<false>(
         c, [&](int64_t i, const Lanes (&around)[3][3]) __attribute__((always_inline)) {
           const Lanes value = Product(weight, around);
-          StoreLanes(relu ? WherePositive(LoadLanes(x + i), value) : value, dx + i);
+          StoreLanes(relu ? ReluGrad(LoadLanes(x + i), value) : value, dx + i);
         });
   }
 
-  // Adds a row to the sums, [9, channels], but for the lanes that are done already.
+  // Adds a row to the sums, [9, channels], but for the first lanes, which are done already.
   template <bool relu, typename Value>
   static void KernelGradient(const Rows<Value>& rows_of_x, const Value* dy, int64_t channels,
-                             int64_t c, int64_t done, float* sums) {
+                             int64_t c, int64_t num_done, float* sums) {
     Lanes sum[3][3];
     for (int i = 0; i < 9; ++i) sum[i / 3][i % 3] = LoadLanes(sums + i * channels + c);
     rows_of_x.template VisitColumns<relu>(
@@ -523,9 +525,9 @@ class DepthwiseGrad : public OpKernel {
           }
         });
     for (int i = 0; i < 9; ++i) {
-      std::memcpy(sums + i * channels + c + done,
-                  reinterpret_cast<const float*>(&sum[i / 3][i % 3]) + done,
-                  (kLanes - done) * sizeof(float));
+      std::memcpy(sums + i * channels + c + num_done,
+                  reinterpret_cast<const float*>(&sum[i / 3][i % 3]) + num_done,
+                  (kLanes - num_done) * sizeof(float));
     }
   }
 

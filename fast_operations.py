@@ -23,24 +23,31 @@ MIN_CHANNELS = 16  # of a depthwise convolution in fast_kernels.cc
 
 @contextlib.contextmanager
 def override():
-  """Makes the operations that are built in this context faster, at its end."""
+  """Makes the operations that are built in this context faster, at its end.
+
+  Gradients are to be taken after it, and devices must be named in it where there is a
+  GPU. What was exchanged stays in the graph, and runs only if somebody fetches it: an
+  end point of the network is still what it was.
+  """
   graph = tf.get_default_graph()
   num_operations = len(graph.get_operations())
   with graph.gradient_override_map({'Conv2D': CONV2D_GRADIENT}):
     yield
-  kernels = fast_kernels.load()
-  if not kernels:
-    return
   built = graph.get_operations()[num_operations:]
-  for op in filter(_is_batch_norm_in_training, built):
+  batch_norms = list(filter(_is_batch_norm_in_training, built))
+  depthwises = list(filter(_is_depthwise_3x3, built))
+  if not batch_norms + depthwises or not (kernels := fast_kernels.load()):
+    return
+  for op in batch_norms:
     _exchange_batch_norm(op, kernels)
-  for op in filter(_is_depthwise_3x3, built):
+  for op in depthwises:
     _exchange_depthwise(op, kernels)
 
 
 def _is_batch_norm_in_training(op):
   return (op.type == 'FusedBatchNormV3' and op.get_attr('is_training')
-          and op.get_attr('data_format') == b'NHWC' and not _is_on_gpu(op))
+          and op.get_attr('data_format') == b'NHWC' and op.inputs[0].dtype == tf.float32
+          and not _is_on_gpu(op))
 
 
 def _exchange_batch_norm(op, kernels):
@@ -48,7 +55,7 @@ def _exchange_batch_norm(op, kernels):
   images, scale, offset, *_ = op.inputs
   readers = op.outputs[0].consumers()
   relu = readers[0] if [reader.type for reader in readers] == ['Relu'] else None
-  with tf.name_scope(None), tf.device(op.device):
+  with tf.name_scope(None), tf.device(op.device), tf.control_dependencies(op.control_inputs):
     output, mean, variance, _ = kernels.xception_batch_norm(
         images, scale, offset, epsilon=op.get_attr('epsilon'), relu=relu is not None,
         name=f'{op.name}_fast')
@@ -58,7 +65,8 @@ def _exchange_batch_norm(op, kernels):
 
 
 def _is_depthwise_3x3(op):
-  if op.type != 'DepthwiseConv2dNative' or _is_on_gpu(op):
+  if (op.type != 'DepthwiseConv2dNative' or op.inputs[0].dtype != tf.float32
+      or _is_on_gpu(op)):
     return False
   channels = op.inputs[0].shape.as_list()[3]
   return (op.inputs[1].shape == [3, 3, channels, 1] and channels >= MIN_CHANNELS
@@ -70,7 +78,7 @@ def _exchange_depthwise(op, kernels):
   """Exchanges a depthwise convolution, and the ReLU in front if nothing else reads that."""
   images, kernel = op.inputs
   relu = images.op.type == 'Relu' and images.consumers() == [op]
-  with tf.name_scope(None), tf.device(op.device):
+  with tf.name_scope(None), tf.device(op.device), tf.control_dependencies(op.control_inputs):
     output = kernels.xception_depthwise(images.op.inputs[0] if relu else images, kernel,
                                         relu=relu, name=f'{op.name}_fast')
   _exchange(op.outputs[0], output)
