@@ -26,9 +26,10 @@ import towers
 IMAGE_SIZE, BATCH_SIZE, NUM_STEPS, NUM_ROUNDS = 299, 8, 5, 3
 NUM_TRAINING_STEPS = 16  # each, in turns: the gains are a few hundredths
 
-# Training is no faster than timm's on any CPU tried, nor asked to be.
 PEER_BOUNDS = {
-    ('train', 'float32', 'Keras train_on_batch'): 1.06,
+    ('train', 'float32', 'Keras train_on_batch'): 1.1,
+    ('train', 'float32', 'timm, channels_last'): 1.05,
+    ('train', 'bfloat16', 'timm, channels_last'): 1.03,
     ('inference', 'float32', 'Keras predict_on_batch'): 1.06,
     ('inference', 'float32', 'timm, torch.compile'): 1.15,
     ('inference', 'bfloat16', 'timm, torch.compile'): 1.05,
@@ -123,7 +124,7 @@ class GainsTest(unittest.TestCase):
       name = row['mode'], row['precision'], row['peer']
       print(f'\n{", ".join(name)}: {row["ratio"]:.2f} x', flush=True)
       with self.subTest(name):
-        self.assertGreater(row['ratio'], PEER_BOUNDS.get(name, 0))
+        self.assertGreater(row['ratio'], PEER_BOUNDS.get(name, 1))
 
   def test_input(self):
     figures = input_pipeline.compare(NUM_ROUNDS)
