@@ -91,6 +91,7 @@ class FastOperationsTest(tf.test.TestCase):
       _, wanted = gradients_in_training(tf.float64, len(errors) + 1, weights)
       errors.append(np.max([np.abs(value - right).max() / np.abs(right).max()
                             for value, right in zip(values, wanted, strict=True)]))
+      self.assertTrue(np.isfinite(errors[-1]))
     self.assertLess(errors[-1], 2e-5)
 
   def test_what_is_exchanged(self):
