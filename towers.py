@@ -4,6 +4,8 @@ Every tower is the same graph on the same variables, fed with its part of the
 batch. `average_gradients` is where the towers wait for each other.
 """
 
+import os
+
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
@@ -52,6 +54,10 @@ def session_config(devices):
       device_count={'CPU': num_cpus})
   if devices[0].startswith('/cpu'):
     config.device_count['GPU'] = 0
+    if num_cpus >= os.cpu_count():
+      # The towers keep all cores busy: an operation on one core waits for no other thread.
+      # The first session of a process decides this for all.
+      config.intra_op_parallelism_threads = 1
   config.gpu_options.allow_growth = True
   return config
 

@@ -52,18 +52,19 @@ def measure_limit(precision, devices):
 
   Args:
     precision: 'float32', 'bfloat16' or 'float16', of the matrices.
-    devices: device of each tower; GPUs are assumed to be alike, and CPU towers
-      share the cores.
+    devices: device of each tower; one product runs on each, and CPU towers share
+      the cores.
   """
-  with tf.Graph().as_default(), tf.device(devices[0]):
-    factor = tf.get_variable('factor', [LIMIT_SIZE, LIMIT_SIZE], tf.as_dtype(precision),
-                             tf.ones_initializer(), trainable=False)
-    product = tf.matmul(factor, factor).op
-    with tf.Session(config=towers.session_config(devices)) as session:
-      session.run(tf.global_variables_initializer())
-      seconds = time_steps(lambda: session.run(product), LIMIT_PRODUCTS)
-  num_gpus = sum(device.startswith('/gpu') for device in devices)
-  return max(1, num_gpus) * 2 * LIMIT_SIZE**3 / np.median(seconds)
+  with tf.Graph().as_default(), tf.Session(config=towers.session_config(devices)) as session:
+    products = []
+    for device in devices:
+      with tf.device(device):
+        factor = tf.get_variable(f'factor_{len(products)}', [LIMIT_SIZE, LIMIT_SIZE],
+                                 tf.as_dtype(precision), tf.ones_initializer(), trainable=False)
+        products.append(tf.matmul(factor, factor).op)
+    session.run(tf.global_variables_initializer())
+    seconds = time_steps(lambda: session.run(products), LIMIT_PRODUCTS)
+  return len(devices) * 2 * LIMIT_SIZE**3 / np.median(seconds)
 
 
 def time_steps(step, num_steps):

@@ -1,6 +1,7 @@
 """Tests of the towers: same step whatever their number, gradients averaged once."""
 
 import functools
+import os
 from unittest import mock
 
 import numpy as np
@@ -150,6 +151,15 @@ class DevicesTest(tf.test.TestCase):
       self.devices(2, 4)
     with self.assertRaisesRegex(towers.DeviceError, r'finds 0 \(none\).*--clone_on_cpu'):
       self.devices(0, 1)
+
+  def test_towers_for_all_cores_have_a_thread_each(self):
+    for devices, num_cores, num_threads in (
+        (['/cpu:0'], 2, 0), (['/cpu:0', '/cpu:1'], 2, 1), (['/cpu:0', '/cpu:1'], 3, 0),
+        (['/cpu:0', '/cpu:1', '/cpu:2'], 2, 1), (['/gpu:0', '/gpu:1'], 1, 0)):
+      with mock.patch.object(os, 'cpu_count', return_value=num_cores):
+        config = towers.session_config(devices)
+      self.assertEqual(config.intra_op_parallelism_threads, num_threads, (devices, num_cores))
+      self.assertEqual(config.inter_op_parallelism_threads, 0)
 
   def test_one_towers_variables_stay_beside_it(self):
     self.assertEqual(towers.variables_device(['/gpu:0']), '/gpu:0')
