@@ -1,4 +1,4 @@
-// Batch norm with its ReLU and depthwise convolution with its ReLU, for training on CPUs.
+// Batch norm and depthwise convolution with their ReLUs, apart and in one, for training on CPUs.
 //
 // What these operations cost is reading and writing images, not arithmetic. So each
 // reads its images as seldom as can be, in the format that they are stored in (float32
@@ -23,6 +23,7 @@
 
 #include "absl/base/casts.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -167,6 +168,88 @@ absl::Status CheckSizes(const Tensor& images, std::initializer_list<const Tensor
   return absl::OkStatus();
 }
 
+// What a batch norm computes of its images, and what it does with each value x:
+// (x - center) * factor + term.
+struct Statistics {
+  const float *center, *inverse_deviation, *term;
+  std::vector<float> factors;
+};
+
+Statistics StatisticsOf(const Tensor& mean, const Tensor& inverse_deviation, const Tensor& scale,
+                        const Tensor& offset) {
+  const float* inverse = inverse_deviation.flat<float>().data();
+  std::vector<float> factors(scale.NumElements());
+  for (size_t c = 0; c < factors.size(); ++c) {
+    factors[c] = scale.flat<float>().data()[c] * inverse[c];
+  }
+  return {mean.flat<float>().data(), inverse, offset.flat<float>().data(), std::move(factors)};
+}
+
+// Computes the statistics of the inputs images, scale and offset, which are the first three,
+// and writes the outputs mean, variance and inverse_deviation, which are the second to fourth.
+template <typename T>
+absl::StatusOr<Statistics> ComputeStatistics(OpKernelContext* context, float epsilon) {
+  const Tensor &images = context->input(0), &scale = context->input(1);
+  const Tensor& offset = context->input(2);
+  if (const auto status = CheckSizes(images, {&scale, &offset}); !status.ok()) return status;
+  Tensor *mean, *variance, *inverse_deviation;
+  int i = 1;
+  for (Tensor** output : {&mean, &variance, &inverse_deviation}) {
+    if (const auto status = context->allocate_output(i++, scale.shape(), output); !status.ok()) {
+      return status;
+    }
+  }
+
+  // In one pass: the squares are of distances to a value of the channel itself, since
+  // those of large values would swallow the variance.
+  const int64_t channels = images.dim_size(3), pixels = images.NumElements() / channels;
+  const auto* x = Values<T>(images);
+  std::vector<float> origins(channels);
+  for (int64_t c = 0; c < channels; ++c) origins[c] = ToFloat(x[c]);
+  const float* origin = origins.data();
+  const auto sums = SumPairs(context, pixels, channels, [=](int64_t i, int64_t c) {
+    const float distance = ToFloat(x[i]) - origin[c];
+    return std::make_pair(distance, distance * distance);
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    const double distance = sums[c] / pixels;
+    const double square = sums[channels + c] / pixels - distance * distance;
+    // Not max(0, square), which would hide a NaN.
+    const double biased_variance = square < 0 ? 0 : square;
+    mean->flat<float>().data()[c] = origins[c] + distance;
+    inverse_deviation->flat<float>().data()[c] = 1 / std::sqrt(biased_variance + epsilon);
+    // TensorFlow's moving average is of the unbiased estimate.
+    variance->flat<float>().data()[c] =
+        biased_variance * pixels / std::max<int64_t>(pixels - 1, 1);
+  }
+  return StatisticsOf(*mean, *inverse_deviation, scale, offset);
+}
+
+// Writes the gradients of a batch norm.
+//
+// sums: for each channel, of what passed() and of its product with x - center.
+// passed(index of a value, its channel): what reaches the batch norm through its ReLU.
+template <typename Value, typename Passed>
+void WriteGradients(OpKernelContext* context, const Statistics& statistics, const double* sums,
+                    const Passed passed, int64_t pixels, const Value* x, Value* dx,
+                    Tensor* scale_gradient, Tensor* offset_gradient) {
+  const int64_t channels = statistics.factors.size();
+  const float *center = statistics.center, *factor = statistics.factors.data();
+  std::vector<float> slopes(channels), shifts(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const float inverse = statistics.inverse_deviation[c];
+    const double scaled_sum = sums[channels + c] * inverse;
+    offset_gradient->flat<float>().data()[c] = sums[c];
+    scale_gradient->flat<float>().data()[c] = scaled_sum;
+    slopes[c] = -factor[c] * scaled_sum * inverse / pixels;
+    shifts[c] = -factor[c] * sums[c] / pixels;
+  }
+  const float *slope = slopes.data(), *shift = shifts.data();
+  ForEachValue(context, pixels, channels, [=](int64_t i, int64_t c) {
+    Store(factor[c] * passed(i, c) + slope[c] * (ToFloat(x[i]) - center[c]) + shift[c], dx + i);
+  });
+}
+
 // y = (x - mean) / deviation * scale + offset with the batch's own statistics, then
 // max(y, 0) if the attribute relu is true.
 template <typename T>
@@ -178,44 +261,16 @@ class BatchNorm : public OpKernel {
   }
 
   void Compute(OpKernelContext* context) override {
-    const Tensor &images = context->input(0), &scale = context->input(1);
-    const Tensor& offset = context->input(2);
-    OP_REQUIRES_OK(context, CheckSizes(images, {&scale, &offset}));
-    const int64_t channels = images.dim_size(3), pixels = images.NumElements() / channels;
-    Tensor *output, *mean, *variance, *inverse_deviation;
+    const auto statistics = ComputeStatistics<T>(context, epsilon_);
+    OP_REQUIRES_OK(context, statistics.status());
+    const Tensor& images = context->input(0);
+    Tensor* output;
     OP_REQUIRES_OK(context, context->allocate_output(0, images.shape(), &output));
-    OP_REQUIRES_OK(context, context->allocate_output(1, scale.shape(), &mean));
-    OP_REQUIRES_OK(context, context->allocate_output(2, scale.shape(), &variance));
-    OP_REQUIRES_OK(context, context->allocate_output(3, scale.shape(), &inverse_deviation));
-
-    // In one pass: the squares are of distances to a value of the channel itself, since
-    // those of large values would swallow the variance.
+    const int64_t channels = images.dim_size(3), pixels = images.NumElements() / channels;
     const auto* x = Values<T>(images);
-    std::vector<float> origins(channels), factors(channels);
-    for (int64_t c = 0; c < channels; ++c) origins[c] = ToFloat(x[c]);
-    const float* origin = origins.data();
-    const auto sums = SumPairs(context, pixels, channels, [=](int64_t i, int64_t c) {
-      const float distance = ToFloat(x[i]) - origin[c];
-      return std::make_pair(distance, distance * distance);
-    });
-
-    float* center = mean->flat<float>().data();
-    float* inverse = inverse_deviation->flat<float>().data();
-    for (int64_t c = 0; c < channels; ++c) {
-      const double distance = sums[c] / pixels;
-      const double square = sums[channels + c] / pixels - distance * distance;
-      // Not max(0, square), which would hide a NaN.
-      const double biased_variance = square < 0 ? 0 : square;
-      center[c] = origins[c] + distance;
-      inverse[c] = 1 / std::sqrt(biased_variance + epsilon_);
-      factors[c] = scale.flat<float>().data()[c] * inverse[c];
-      // TensorFlow's moving average is of the unbiased estimate.
-      variance->flat<float>().data()[c] =
-          biased_variance * pixels / std::max<int64_t>(pixels - 1, 1);
-    }
-
     auto* y = Values<T>(output);
-    const float *factor = factors.data(), *term = offset.flat<float>().data();
+    const float *center = statistics->center, *factor = statistics->factors.data();
+    const float* term = statistics->term;
     const float lowest = relu_ ? 0 : -std::numeric_limits<float>::infinity();
     ForEachValue(context, pixels, channels, [=](int64_t i, int64_t c) {
       const float value = (ToFloat(x[i]) - center[c]) * factor[c] + term[c];
@@ -250,22 +305,18 @@ class BatchNormGrad : public OpKernel {
                    CheckSizes(images, {&scale, &offset, &mean, &inverse_deviation}));
     OP_REQUIRES(context, gradient.shape() == images.shape(),
                 absl::InvalidArgumentError("gradient and images differ in shape"));
-    const int64_t channels = images.dim_size(3), pixels = images.NumElements() / channels;
     Tensor *images_gradient, *scale_gradient, *offset_gradient;
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
                                 {0}, 0, images.shape(), &images_gradient));
     OP_REQUIRES_OK(context, context->allocate_output(1, scale.shape(), &scale_gradient));
     OP_REQUIRES_OK(context, context->allocate_output(2, scale.shape(), &offset_gradient));
 
+    const int64_t channels = images.dim_size(3), pixels = images.NumElements() / channels;
     const auto *dy = Values<T>(gradient), *x = Values<T>(images);
-    const float *center = mean.flat<float>().data(), *term = offset.flat<float>().data();
-    const float* inverse = inverse_deviation.flat<float>().data();
-    std::vector<float> factors(channels), slopes(channels), shifts(channels);
-    for (int64_t c = 0; c < channels; ++c) {
-      factors[c] = scale.flat<float>().data()[c] * inverse[c];
-    }
-    const float* factor = factors.data();
-    // What reaches the batch norm through the ReLU: where y, computed as it was, is positive.
+    const auto statistics = StatisticsOf(mean, inverse_deviation, scale, offset);
+    const float *center = statistics.center, *factor = statistics.factors.data();
+    const float* term = statistics.term;
+    // Where y, computed as it was, is positive.
     const auto passed = [=](int64_t i, int64_t c) {
       const float value = ToFloat(dy[i]);
       return !relu || (ToFloat(x[i]) - center[c]) * factor[c] + term[c] > 0 ? value : 0.0f;
@@ -274,20 +325,8 @@ class BatchNormGrad : public OpKernel {
       const float value = passed(i, c);
       return std::make_pair(value, value * (ToFloat(x[i]) - center[c]));
     });
-
-    for (int64_t c = 0; c < channels; ++c) {
-      const double scaled_sum = sums[channels + c] * inverse[c];
-      offset_gradient->flat<float>().data()[c] = sums[c];
-      scale_gradient->flat<float>().data()[c] = scaled_sum;
-      slopes[c] = -factors[c] * scaled_sum * inverse[c] / pixels;
-      shifts[c] = -factors[c] * sums[c] / pixels;
-    }
-    auto* dx = Values<T>(images_gradient);
-    const float *slope = slopes.data(), *shift = shifts.data();
-    ForEachValue(context, pixels, channels, [=](int64_t i, int64_t c) {
-      Store(factor[c] * passed(i, c) + slope[c] * (ToFloat(x[i]) - center[c]) + shift[c],
-            dx + i);
-    });
+    WriteGradients(context, statistics, sums.data(), passed, pixels, x,
+                   Values<T>(images_gradient), scale_gradient, offset_gradient);
   }
 
   bool relu_;
@@ -332,53 +371,114 @@ inline void StoreLanes(Lanes lanes, Bfloat16Bits* target) {
   std::memcpy(target, &stored, sizeof stored);
 }
 
-// Returns max(lanes, 0), and NaN for NaN.
-inline Lanes Relu(Lanes lanes) { return lanes < 0 ? Lanes{} : lanes; }
+// What a depthwise convolution reads in the place of the pixels of its images: the pixels
+// themselves.
+struct Pixels {
+  // How the lanes from channel c on are read.
+  Pixels From(int64_t c) const { return {}; }
+  Lanes Read(Lanes pixels) const { return pixels; }
+  // Returns the gradient with respect to the pixels.
+  Lanes PassBack(Lanes pixels, Lanes gradient) { return gradient; }
+  // Adds what PassBack kept to sums, a row of all channels for each of kNumSums.
+  void AddSums(float* sums, int64_t channels, int64_t num_done) const {}
+  static constexpr int kNumSums = 0;
+};
 
-// Returns the gradient where the ReLU's input was greater than zero, else zero.
-inline Lanes ReluGrad(Lanes input, Lanes gradient) { return input > 0 ? gradient : Lanes{}; }
+// max(pixel, 0), and NaN for NaN.
+struct RectifiedPixels : Pixels {
+  RectifiedPixels From(int64_t c) const { return {}; }
+  Lanes Read(Lanes pixels) const { return pixels < 0 ? Lanes{} : pixels; }
+  Lanes PassBack(Lanes pixels, Lanes gradient) { return pixels > 0 ? gradient : Lanes{}; }
+};
+
+// Adds lanes but for the first num_done, which are in the target already.
+inline void AddLanes(Lanes lanes, int64_t num_done, float* target) {
+  const Lanes sum = LoadLanes(target) + lanes;
+  std::memcpy(target + num_done, reinterpret_cast<const float*>(&sum) + num_done,
+              (kLanes - num_done) * sizeof(float));
+}
+
+// The output of a batch norm and its ReLU.
+class NormalizedPixels {
+ public:
+  explicit NormalizedPixels(const Statistics& statistics) : statistics_(statistics) {}
+
+  struct Channels {
+    Lanes center, factor, term;
+    Lanes sum = {}, sum_of_products = {};
+
+    Lanes Read(Lanes pixels) const {
+      const Lanes value = (pixels - center) * factor + term;
+      return value < 0 ? Lanes{} : value;
+    }
+    // Of the batch norm's output: the batch norm's own gradient needs the sums first.
+    Lanes PassBack(Lanes pixels, Lanes gradient) {
+      const Lanes distance = pixels - center;
+      const Lanes passed = distance * factor + term > 0 ? gradient : Lanes{};
+      sum += passed;
+      sum_of_products += passed * distance;
+      return passed;
+    }
+    void AddSums(float* sums, int64_t channels, int64_t num_done) const {
+      AddLanes(sum, num_done, sums);
+      AddLanes(sum_of_products, num_done, sums + channels);
+    }
+  };
+
+  Channels From(int64_t c) const {
+    return {LoadLanes(statistics_.center + c), LoadLanes(statistics_.factors.data() + c),
+            LoadLanes(statistics_.term + c)};
+  }
+  static constexpr int kNumSums = 2;
+
+ private:
+  const Statistics& statistics_;
+};
 
 // For a 3 x 3 depthwise convolution with stride 1 and padding SAME: the row of an image
 // that it is at, with those above and below.
 template <typename Value>
 class Rows {
  public:
-  // Row counts through all images; `outside` is a row of zeros, beyond an image's edge.
-  Rows(const Tensor& images, const Value* values, int64_t row, const Value* outside)
+  // Row counts through all images.
+  Rows(const Tensor& images, const Value* values, int64_t row)
       : width_(images.dim_size(2)), channels_(images.dim_size(3)) {
     const int64_t height = images.dim_size(1), row_size = width_ * channels_;
     rows_[1] = values + row * row_size;
-    rows_[0] = row % height > 0 ? rows_[1] - row_size : outside;
-    rows_[2] = (row + 1) % height > 0 ? rows_[1] + row_size : outside;
+    rows_[0] = row % height > 0 ? rows_[1] - row_size : nullptr;
+    rows_[2] = (row + 1) % height > 0 ? rows_[1] + row_size : nullptr;
+    next_row_ = rows_[1] + 2 * row_size;
   }
 
   // Calls visit(index in the row, around) for each column, with the lanes from channel c on
-  // of the pixels around: around[1][1] is at the index, around[0] the row above it.
-  // relu: whether pixels below zero count as zero.
-  template <bool relu, typename Visit>
-  inline __attribute__((always_inline)) void VisitColumns(int64_t c, const Visit visit) const {
+  // of the pixels around, as `reading` reads them: around[1][1] is at the index,
+  // around[0] the row above it. Beyond an image's edge is zero.
+  template <typename Channels, typename Visit>
+  inline __attribute__((always_inline)) void VisitColumns(int64_t c, const Channels& reading,
+                                                          const Visit visit) const {
     Lanes around[3][3] = {};
     const auto move_to = [&](int64_t column) __attribute__((always_inline)) {
       for (int i = 0; i < 3; ++i) {
         around[i][0] = around[i][1];
         around[i][1] = around[i][2];
-        around[i][2] = Lanes{};
-        if (column + 1 < width_) {
-          const Lanes pixels = LoadLanes(rows_[i] + (column + 1) * channels_ + c);
-          around[i][2] = relu ? Relu(pixels) : pixels;
-        }
+        around[i][2] = column + 1 < width_ && rows_[i]
+                           ? reading.Read(LoadLanes(rows_[i] + (column + 1) * channels_ + c))
+                           : Lanes{};
       }
     };
     move_to(-1);
     for (int64_t column = 0; column < width_; ++column) {
       move_to(column);
-      visit(column * channels_ + c, around);
+      const int64_t i = column * channels_ + c;
+      // Nothing else would: the processor foresees no steps of a pixel's size.
+      __builtin_prefetch(next_row_ + i);
+      visit(i, around);
     }
   }
 
  private:
   const int64_t width_, channels_;
-  const Value* rows_[3];
+  const Value *rows_[3], *next_row_;  // the latter only to be prefetched: there may be none
 };
 
 inline __attribute__((always_inline)) Lanes Product(const Lanes (&a)[3][3],
@@ -401,6 +501,97 @@ absl::Status CheckDepthwise(const Tensor& images, const Tensor& kernel) {
   return absl::OkStatus();
 }
 
+// Writes output 0: a 3 x 3 depthwise convolution with stride 1 and padding SAME.
+template <typename T, typename Reading>
+void Convolve(OpKernelContext* context, const Tensor& images, const Tensor& kernel,
+              const Reading& reading) {
+  Tensor* output;
+  OP_REQUIRES_OK(context, context->allocate_output(0, images.shape(), &output));
+  const int64_t num_rows = images.dim_size(0) * images.dim_size(1);
+  const int64_t channels = images.dim_size(3), row_size = images.dim_size(2) * channels;
+  const auto* x = Values<T>(images);
+  const float* weights = kernel.flat<float>().data();
+  auto* y = Values<T>(output);
+  InParallel(context, num_rows, row_size, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const Rows rows(images, x, row);
+      auto* target = y + row * row_size;
+      for (int64_t next = 0; next < channels; next += kLanes) {
+        // The last lanes begin earlier, where the channels are no multiple of them.
+        const int64_t c = std::min(next, channels - kLanes);
+        Lanes weight[3][3];
+        for (int i = 0; i < 9; ++i) weight[i / 3][i % 3] = LoadLanes(weights + i * channels + c);
+        rows.VisitColumns(c, reading.From(c), [&](int64_t i, const Lanes (&around)[3][3])
+                                                  __attribute__((always_inline)) {
+          StoreLanes(Product(weight, around), target + i);
+        });
+      }
+    }
+  });
+}
+
+// Convolves the gradient of a row with the kernel turned round; `reading` keeps its sums.
+template <typename Value, typename Channels>
+void ConvolveBack(const Rows<Value>& rows_of_dy, const float* weights, int64_t channels, int64_t c,
+                  const Value* x, Value* dx, Channels* reading) {
+  Lanes weight[3][3];
+  for (int i = 0; i < 9; ++i) weight[i / 3][i % 3] = LoadLanes(weights + (8 - i) * channels + c);
+  Channels kept = *reading;  // in registers
+  rows_of_dy.VisitColumns(c, Pixels(), [&](int64_t i, const Lanes (&around)[3][3])
+                                           __attribute__((always_inline)) {
+    StoreLanes(kept.PassBack(LoadLanes(x + i), Product(weight, around)), dx + i);
+  });
+  *reading = kept;
+}
+
+// Adds a row to the gradient of the kernel, [9, channels], but for the first num_done lanes.
+template <typename Value, typename Channels>
+void AddKernelGradient(const Rows<Value>& rows_of_x, const Value* dy, int64_t channels, int64_t c,
+                       int64_t num_done, const Channels& reading, float* sums) {
+  Lanes sum[3][3] = {};
+  rows_of_x.VisitColumns(c, reading, [&](int64_t index, const Lanes (&around)[3][3])
+                                         __attribute__((always_inline)) {
+    const Lanes value = LoadLanes(dy + index);
+    for (int i = 0; i < 3; ++i) {
+      for (int j = 0; j < 3; ++j) sum[i][j] += value * around[i][j];
+    }
+  });
+  for (int i = 0; i < 9; ++i) AddLanes(sum[i / 3][i % 3], num_done, sums + i * channels + c);
+}
+
+// Writes the gradient with respect to the images, as reading passes it back, and returns the
+// sums, [9 + Reading::kNumSums, channels]: the kernel's gradient, and those of reading.
+template <typename T, typename Reading>
+std::vector<double> ComputeGradients(OpKernelContext* context, const Tensor& gradient,
+                                     const Tensor& images, const Tensor& kernel,
+                                     const Reading& reading, Tensor* images_gradient) {
+  constexpr int64_t kRows = 8;  // of a part: the sums are made of parts
+  const int64_t num_rows = images.dim_size(0) * images.dim_size(1);
+  const int64_t channels = images.dim_size(3), row_size = images.dim_size(2) * channels;
+  const int64_t parts = (num_rows + kRows - 1) / kRows;
+  const int64_t num_sums = (9 + Reading::kNumSums) * channels;
+  const auto *x = Values<T>(images), *dy = Values<T>(gradient);
+  const float* weights = kernel.flat<float>().data();
+  auto* dx = Values<T>(images_gradient);
+  std::vector<float> sums(parts * num_sums);
+  InParallel(context, parts, kRows * row_size * 2, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * kRows; row < std::min(end * kRows, num_rows); ++row) {
+      const Rows rows_of_x(images, x, row), rows_of_dy(images, dy, row);
+      float* sums_of_part = &sums[row / kRows * num_sums];
+      for (int64_t next = 0; next < channels; next += kLanes) {
+        const int64_t c = std::min(next, channels - kLanes), num_done = next - c;
+        auto channels_read = reading.From(c);
+        ConvolveBack(rows_of_dy, weights, channels, c, x + row * row_size, dx + row * row_size,
+                     &channels_read);
+        AddKernelGradient(rows_of_x, dy + row * row_size, channels, c, num_done, channels_read,
+                          sums_of_part);
+        channels_read.AddSums(sums_of_part + 9 * channels + c, channels, num_done);
+      }
+    }
+  });
+  return AddRows(sums, num_sums);
+}
+
 // A 3 x 3 depthwise convolution with stride 1 and padding SAME, of max(x, 0) instead of x
 // if the attribute relu is true.
 template <typename T>
@@ -411,40 +602,13 @@ class Depthwise : public OpKernel {
   }
 
   void Compute(OpKernelContext* context) override {
-    relu_ ? Convolve<true>(context) : Convolve<false>(context);
+    const Tensor &images = context->input(0), &kernel = context->input(1);
+    OP_REQUIRES_OK(context, CheckDepthwise(images, kernel));
+    relu_ ? Convolve<T>(context, images, kernel, RectifiedPixels())
+          : Convolve<T>(context, images, kernel, Pixels());
   }
 
  private:
-  template <bool relu>
-  void Convolve(OpKernelContext* context) {
-    const Tensor &images = context->input(0), &kernel = context->input(1);
-    OP_REQUIRES_OK(context, CheckDepthwise(images, kernel));
-    Tensor* output;
-    OP_REQUIRES_OK(context, context->allocate_output(0, images.shape(), &output));
-    const int64_t num_rows = images.dim_size(0) * images.dim_size(1);
-    const int64_t channels = images.dim_size(3), row_size = images.dim_size(2) * channels;
-    const auto* x = Values<T>(images);
-    const float* weights = kernel.flat<float>().data();
-    auto* y = Values<T>(output);
-    const std::vector<typename Format<T>::Type> outside(row_size);
-    InParallel(context, num_rows, row_size, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const Rows rows(images, x, row, outside.data());
-        auto* target = y + row * row_size;
-        for (int64_t next = 0; next < channels; next += kLanes) {
-          // The last lanes begin earlier, where the channels are no multiple of them.
-          const int64_t c = std::min(next, channels - kLanes);
-          Lanes weight[3][3];
-          for (int i = 0; i < 9; ++i) weight[i / 3][i % 3] = LoadLanes(weights + i * channels + c);
-          rows.template VisitColumns<relu>(
-              c, [&](int64_t i, const Lanes (&around)[3][3]) __attribute__((always_inline)) {
-                StoreLanes(Product(weight, around), target + i);
-              });
-        }
-      }
-    });
-  }
-
   bool relu_;
 };
 
@@ -457,12 +621,6 @@ class DepthwiseGrad : public OpKernel {
   }
 
   void Compute(OpKernelContext* context) override {
-    relu_ ? ComputeGradients<true>(context) : ComputeGradients<false>(context);
-  }
-
- private:
-  template <bool relu>
-  void ComputeGradients(OpKernelContext* context) {
     const Tensor &gradient = context->input(0), &images = context->input(1);
     const Tensor& kernel = context->input(2);
     OP_REQUIRES_OK(context, CheckDepthwise(images, kernel));
@@ -471,68 +629,87 @@ class DepthwiseGrad : public OpKernel {
     Tensor *images_gradient, *kernel_gradient;
     OP_REQUIRES_OK(context, context->allocate_output(0, images.shape(), &images_gradient));
     OP_REQUIRES_OK(context, context->allocate_output(1, kernel.shape(), &kernel_gradient));
-
-    constexpr int64_t kRows = 8;  // of a part: the sums are made of parts
-    const int64_t num_rows = images.dim_size(0) * images.dim_size(1);
-    const int64_t channels = images.dim_size(3), row_size = images.dim_size(2) * channels;
-    const int64_t parts = (num_rows + kRows - 1) / kRows;
-    const auto *x = Values<T>(images), *dy = Values<T>(gradient);
-    const float* weights = kernel.flat<float>().data();
-    auto* dx = Values<T>(images_gradient);
-    const std::vector<typename Format<T>::Type> outside(row_size);
-    std::vector<float> sums(parts * 9 * channels);
-    InParallel(context, parts, kRows * row_size * 2, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin * kRows; row < std::min(end * kRows, num_rows); ++row) {
-        const Rows rows_of_x(images, x, row, outside.data());
-        const Rows rows_of_dy(images, dy, row, outside.data());
-        for (int64_t next = 0; next < channels; next += kLanes) {
-          const int64_t c = std::min(next, channels - kLanes);
-          ImagesGradient<relu>(rows_of_dy, weights, channels, c, x + row * row_size,
-                               dx + row * row_size);
-          KernelGradient<relu>(rows_of_x, dy + row * row_size, channels, c, next - c,
-                               &sums[row / kRows * 9 * channels]);
-        }
-      }
-    });
-    const auto total = AddRows(sums, 9 * channels);
-    std::copy(total.begin(), total.end(), kernel_gradient->flat<float>().data());
+    const auto sums = relu_ ? ComputeGradients<T>(context, gradient, images, kernel,
+                                                  RectifiedPixels(), images_gradient)
+                            : ComputeGradients<T>(context, gradient, images, kernel, Pixels(),
+                                                  images_gradient);
+    std::copy(sums.begin(), sums.end(), kernel_gradient->flat<float>().data());
   }
 
-  // Convolves the gradient of a row with the kernel turned round.
-  template <bool relu, typename Value>
-  static void ImagesGradient(const Rows<Value>& rows_of_dy, const float* weights,
-                             int64_t channels, int64_t c, const Value* x, Value* dx) {
-    Lanes weight[3][3];
-    for (int i = 0; i < 9; ++i) weight[i / 3][i % 3] = LoadLanes(weights + (8 - i) * channels + c);
-    rows_of_dy.template VisitColumns<false>(
-        c, [&](int64_t i, const Lanes (&around)[3][3]) __attribute__((always_inline)) {
-          const Lanes value = Product(weight, around);
-          StoreLanes(relu ? ReluGrad(LoadLanes(x + i), value) : value, dx + i);
-        });
-  }
-
-  // Adds a row to the sums, [9, channels], but for the first lanes, which are done already.
-  template <bool relu, typename Value>
-  static void KernelGradient(const Rows<Value>& rows_of_x, const Value* dy, int64_t channels,
-                             int64_t c, int64_t num_done, float* sums) {
-    Lanes sum[3][3];
-    for (int i = 0; i < 9; ++i) sum[i / 3][i % 3] = LoadLanes(sums + i * channels + c);
-    rows_of_x.template VisitColumns<relu>(
-        c, [&](int64_t index, const Lanes (&around)[3][3]) __attribute__((always_inline)) {
-          const Lanes value = LoadLanes(dy + index);
-          for (int i = 0; i < 3; ++i) {
-            for (int j = 0; j < 3; ++j) sum[i][j] += value * around[i][j];
-          }
-        });
-    for (int i = 0; i < 9; ++i) {
-      std::memcpy(sums + i * channels + c + num_done,
-                  reinterpret_cast<const float*>(&sum[i / 3][i % 3]) + num_done,
-                  (kLanes - num_done) * sizeof(float));
-    }
-  }
-
+ private:
   bool relu_;
 };
+
+// BatchNorm with its ReLU and Depthwise in one: what is between them is never stored.
+template <typename T>
+class BatchNormDepthwise : public OpKernel {
+ public:
+  explicit BatchNormDepthwise(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("epsilon", &epsilon_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor &images = context->input(0), &kernel = context->input(3);
+    OP_REQUIRES_OK(context, CheckDepthwise(images, kernel));
+    const auto statistics = ComputeStatistics<T>(context, epsilon_);
+    OP_REQUIRES_OK(context, statistics.status());
+    Convolve<T>(context, images, kernel, NormalizedPixels(*statistics));
+  }
+
+ private:
+  float epsilon_;
+};
+
+// The gradients of BatchNormDepthwise with respect to x, scale, offset and the kernel.
+template <typename T>
+class BatchNormDepthwiseGrad : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor &gradient = context->input(0), &images = context->input(1);
+    const Tensor &scale = context->input(2), &offset = context->input(3);
+    const Tensor &kernel = context->input(4), &mean = context->input(5);
+    const Tensor& inverse_deviation = context->input(6);
+    OP_REQUIRES_OK(context, CheckDepthwise(images, kernel));
+    OP_REQUIRES_OK(context,
+                   CheckSizes(images, {&scale, &offset, &mean, &inverse_deviation}));
+    OP_REQUIRES(context, gradient.shape() == images.shape(),
+                absl::InvalidArgumentError("gradient and images differ in shape"));
+    Tensor *images_gradient, *scale_gradient, *offset_gradient, *kernel_gradient;
+    OP_REQUIRES_OK(context, context->allocate_output(0, images.shape(), &images_gradient));
+    OP_REQUIRES_OK(context, context->allocate_output(1, scale.shape(), &scale_gradient));
+    OP_REQUIRES_OK(context, context->allocate_output(2, scale.shape(), &offset_gradient));
+    OP_REQUIRES_OK(context, context->allocate_output(3, kernel.shape(), &kernel_gradient));
+
+    // First the gradient of the batch norm's output, where that of x will be.
+    const auto statistics = StatisticsOf(mean, inverse_deviation, scale, offset);
+    const auto sums = ComputeGradients<T>(context, gradient, images, kernel,
+                                          NormalizedPixels(statistics), images_gradient);
+    const auto sums_of_pixels = sums.begin() + kernel.NumElements();
+    std::copy(sums.begin(), sums_of_pixels, kernel_gradient->flat<float>().data());
+    auto* dx = Values<T>(images_gradient);
+    WriteGradients(
+        context, statistics, &*sums_of_pixels, [=](int64_t i, int64_t) { return ToFloat(dx[i]); },
+        images.NumElements() / images.dim_size(3), Values<T>(images), dx, scale_gradient,
+        offset_gradient);
+  }
+};
+
+absl::Status SetBatchNormShapes(InferenceContext* context) {
+  ShapeHandle images;
+  TF_RETURN_IF_ERROR(context->WithRank(context->input(0), 4, &images));
+  context->set_output(0, images);
+  for (int i = 1; i < 4; ++i) context->set_output(i, context->Vector(context->Dim(images, 3)));
+  return absl::OkStatus();
+}
+
+// Gradients have the shapes of the inputs behind the first, which is the output's gradient.
+template <int num_gradients>
+absl::Status SetGradientShapes(InferenceContext* context) {
+  for (int i = 0; i < num_gradients; ++i) context->set_output(i, context->input(i + 1));
+  return absl::OkStatus();
+}
 
 REGISTER_OP("XceptionBatchNorm")
     .Attr("T: {float, bfloat16}")
@@ -545,13 +722,35 @@ REGISTER_OP("XceptionBatchNorm")
     .Output("mean: float")
     .Output("variance: float")
     .Output("inverse_deviation: float")
-    .SetShapeFn([](InferenceContext* context) {
-      ShapeHandle images;
-      TF_RETURN_IF_ERROR(context->WithRank(context->input(0), 4, &images));
-      context->set_output(0, images);
-      for (int i = 1; i < 4; ++i) context->set_output(i, context->Vector(context->Dim(images, 3)));
-      return absl::OkStatus();
-    });
+    .SetShapeFn(SetBatchNormShapes);
+
+REGISTER_OP("XceptionBatchNormDepthwise")
+    .Attr("T: {float, bfloat16}")
+    .Attr("epsilon: float")
+    .Input("images: T")
+    .Input("scale: float")
+    .Input("offset: float")
+    .Input("kernel: float")
+    .Output("output: T")
+    .Output("mean: float")
+    .Output("variance: float")
+    .Output("inverse_deviation: float")
+    .SetShapeFn(SetBatchNormShapes);
+
+REGISTER_OP("XceptionBatchNormDepthwiseGrad")
+    .Attr("T: {float, bfloat16}")
+    .Input("gradient: T")
+    .Input("images: T")
+    .Input("scale: float")
+    .Input("offset: float")
+    .Input("kernel: float")
+    .Input("mean: float")
+    .Input("inverse_deviation: float")
+    .Output("images_gradient: T")
+    .Output("scale_gradient: float")
+    .Output("offset_gradient: float")
+    .Output("kernel_gradient: float")
+    .SetShapeFn(SetGradientShapes<4>);
 
 REGISTER_OP("XceptionBatchNormGrad")
     .Attr("T: {float, bfloat16}")
@@ -565,10 +764,7 @@ REGISTER_OP("XceptionBatchNormGrad")
     .Output("images_gradient: T")
     .Output("scale_gradient: float")
     .Output("offset_gradient: float")
-    .SetShapeFn([](InferenceContext* context) {
-      for (int i = 0; i < 3; ++i) context->set_output(i, context->input(i + 1));
-      return absl::OkStatus();
-    });
+    .SetShapeFn(SetGradientShapes<3>);
 
 REGISTER_OP("XceptionDepthwise")
     .Attr("T: {float, bfloat16}")
@@ -589,10 +785,7 @@ REGISTER_OP("XceptionDepthwiseGrad")
     .Input("kernel: float")
     .Output("images_gradient: T")
     .Output("kernel_gradient: float")
-    .SetShapeFn([](InferenceContext* context) {
-      for (int i = 0; i < 2; ++i) context->set_output(i, context->input(i + 1));
-      return absl::OkStatus();
-    });
+    .SetShapeFn(SetGradientShapes<2>);
 
 #define REGISTER_KERNEL(name, Kernel, T)                                              \
   REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), \
@@ -600,6 +793,8 @@ REGISTER_OP("XceptionDepthwiseGrad")
 #define REGISTER_KERNELS(T)                                          \
   REGISTER_KERNEL("XceptionBatchNorm", BatchNorm, T)                 \
   REGISTER_KERNEL("XceptionBatchNormGrad", BatchNormGrad, T)         \
+  REGISTER_KERNEL("XceptionBatchNormDepthwise", BatchNormDepthwise, T) \
+  REGISTER_KERNEL("XceptionBatchNormDepthwiseGrad", BatchNormDepthwiseGrad, T) \
   REGISTER_KERNEL("XceptionDepthwise", Depthwise, T)                 \
   REGISTER_KERNEL("XceptionDepthwiseGrad", DepthwiseGrad, T)
 REGISTER_KERNELS(float)

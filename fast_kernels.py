@@ -27,8 +27,8 @@ FLAGS = ('-O3', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-shar
 TIMEOUT_SECS = 300
 
 # The operations, all of whose images may be bfloat16.
-OPERATIONS = ('XceptionBatchNorm', 'XceptionBatchNormGrad', 'XceptionDepthwise',
-              'XceptionDepthwiseGrad')
+OPERATIONS = ('XceptionBatchNorm', 'XceptionBatchNormGrad', 'XceptionBatchNormDepthwise',
+              'XceptionBatchNormDepthwiseGrad', 'XceptionDepthwise', 'XceptionDepthwiseGrad')
 
 
 class BuildError(Exception):

@@ -5,7 +5,8 @@
 
 The network stays as slim defines it, and the numbers are the same to rounding:
  - batch norms that use the batch's statistics and 3 x 3 depthwise convolutions become
-   operations of `fast_kernels.cc`, which compute the ReLU beside them too;
+   operations of `fast_kernels.cc`, which compute the ReLU beside them too, and both in
+   one where nothing else reads what is between them;
  - the gradients of 1 x 1 convolutions become matrix products.
 What is on a GPU is left as it is: cuDNN needs no help.
 """
@@ -39,7 +40,12 @@ def override():
   if not batch_norms + depthwises or not (kernels := fast_kernels.load()):
     return
   for op in batch_norms:
-    _exchange_batch_norm(op, kernels)
+    depthwise = _only_reader(_only_reader(op, 'Relu'), 'DepthwiseConv2dNative')
+    if depthwise in depthwises:
+      depthwises.remove(depthwise)
+      _exchange_both(op, depthwise, kernels)
+    else:
+      _exchange_batch_norm(op, kernels)
   for op in depthwises:
     _exchange_depthwise(op, kernels)
 
@@ -50,14 +56,29 @@ def _is_batch_norm_in_training(op):
           and not _is_on_gpu(op))
 
 
+def _only_reader(op, op_type):
+  """Returns what alone reads the first output of an operation, if it is of a type; or None."""
+  readers = op.outputs[0].consumers() if op else []
+  return readers[0] if [reader.type for reader in readers] == [op_type] else None
+
+
+def _exchange_both(batch_norm, depthwise, kernels):
+  """Exchanges a batch norm, the ReLU behind it and the depthwise convolution behind that."""
+  with _place_of(batch_norm):
+    output, mean, variance, _ = kernels.xception_batch_norm_depthwise(
+        *batch_norm.inputs[:3], depthwise.inputs[1], epsilon=batch_norm.get_attr('epsilon'),
+        name=f'{depthwise.name}_fast')
+  for old, new in zip([*depthwise.outputs, *batch_norm.outputs[1:3]], [output, mean, variance],
+                      strict=True):
+    _exchange(old, new)
+
+
 def _exchange_batch_norm(op, kernels):
   """Exchanges a batch norm, and the ReLU behind it if nothing else reads it."""
-  images, scale, offset, *_ = op.inputs
-  readers = op.outputs[0].consumers()
-  relu = readers[0] if [reader.type for reader in readers] == ['Relu'] else None
-  with tf.name_scope(None), tf.device(op.device), tf.control_dependencies(op.control_inputs):
+  relu = _only_reader(op, 'Relu')
+  with _place_of(op):
     output, mean, variance, _ = kernels.xception_batch_norm(
-        images, scale, offset, epsilon=op.get_attr('epsilon'), relu=relu is not None,
+        *op.inputs[:3], epsilon=op.get_attr('epsilon'), relu=relu is not None,
         name=f'{op.name}_fast')
   _exchange((relu or op).outputs[0], output)
   _exchange(op.outputs[1], mean)
@@ -78,10 +99,17 @@ def _exchange_depthwise(op, kernels):
   """Exchanges a depthwise convolution, and the ReLU in front if nothing else reads that."""
   images, kernel = op.inputs
   relu = images.op.type == 'Relu' and images.consumers() == [op]
-  with tf.name_scope(None), tf.device(op.device), tf.control_dependencies(op.control_inputs):
+  with _place_of(op):
     output = kernels.xception_depthwise(images.op.inputs[0] if relu else images, kernel,
                                         relu=relu, name=f'{op.name}_fast')
   _exchange(op.outputs[0], output)
+
+
+@contextlib.contextmanager
+def _place_of(op):
+  """Operations are built where another one is."""
+  with tf.name_scope(None), tf.device(op.device), tf.control_dependencies(op.control_inputs):
+    yield
 
 
 def _exchange(old, new):
@@ -98,6 +126,14 @@ def _batch_norm_gradient(op, gradient, *_):
   _, mean, _, inverse_deviation = op.outputs
   return fast_kernels.load().xception_batch_norm_grad(
       gradient, *op.inputs, mean, inverse_deviation, relu=op.get_attr('relu'))
+
+
+@tf.RegisterGradient('XceptionBatchNormDepthwise')
+def _batch_norm_depthwise_gradient(op, gradient, *_):
+  """Returns the gradients with respect to images, scale, offset and kernel."""
+  _, mean, _, inverse_deviation = op.outputs
+  return fast_kernels.load().xception_batch_norm_depthwise_grad(
+      gradient, *op.inputs, mean, inverse_deviation)
 
 
 @tf.RegisterGradient('XceptionDepthwise')

@@ -146,6 +146,45 @@ class OperationsTest(tf.test.TestCase):
     self.assertClose(ours[:2], theirs[:2], 2**-8)
     self.assertClose(ours[2:], theirs[2:], 1e-5)
 
+  def batch_norm_depthwises(self, shape, dtype):
+    """Returns this project's and TensorFlow's outputs, statistics and gradients, as tensors.
+
+    The third list is the batch norm's output.
+    """
+    # A gap around the mean: at 0 rounding would decide what the ReLU lets pass.
+    signs, distances = np.sign(self.random.normal(size=shape)), self.random.normal(size=shape)
+    images = tf.cast(tf.constant(signs * (1 + np.abs(distances)), tf.float32), dtype)
+    scale, offset = (tf.constant(self.random.choice([-1, 1], shape[-1]) *
+                                 self.random.uniform(*limits, shape[-1]), tf.float32)
+                     for limits in ((1, 2), (0.05, 0.1)))
+    kernel, gradient = self.normal(3, 3, shape[-1], 1), tf.cast(self.normal(*shape), dtype)
+    output, mean, variance, inverse = self.kernels.xception_batch_norm_depthwise(
+        images, scale, offset, kernel, epsilon=EPSILON)
+    gradients = self.kernels.xception_batch_norm_depthwise_grad(
+        gradient, images, scale, offset, kernel, mean, inverse)
+
+    wide = tf.cast(images, tf.float32)
+    normalized, their_mean, their_variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=wide, scale=scale, offset=offset, mean=[], variance=[], epsilon=EPSILON)
+    theirs = tf.nn.depthwise_conv2d(tf.nn.relu(normalized), kernel, [1, 1, 1, 1], 'SAME')
+    their_gradients = tf.gradients(theirs, [wide, scale, offset, kernel],
+                                   tf.cast(gradient, tf.float32))
+    return ([tf.cast(each, tf.float32) for each in (output, mean, variance, *gradients)],
+            [theirs, their_mean, their_variance, *their_gradients], normalized)
+
+  def test_batch_norm_and_depthwise_in_one(self):
+    for shape in ((2, 7, 5, 40), (1, 2, 1, 17), (1, 1, 9, 16), (3, 19, 19, 56)):
+      with self.subTest(shape=shape), tf.Graph().as_default():
+        ours, theirs, normalized = evaluate(self.batch_norm_depthwises(shape, tf.float32))
+        self.assertGreater(np.abs(normalized).min(), 1e-3)
+        self.assertClose(ours, theirs, 1e-5)
+
+  def test_batch_norm_and_depthwise_in_bfloat16(self):
+    with tf.Graph().as_default():
+      ours, theirs, _ = evaluate(self.batch_norm_depthwises((3, 19, 19, 56), tf.bfloat16))
+    self.assertClose(ours[0:4:3], theirs[0:4:3], 2**-8)
+    self.assertClose(ours[1:3] + ours[4:], theirs[1:3] + theirs[4:], 1e-5)
+
   def test_rounding_to_bfloat16_is_tensorflows(self):
     # Ties, what rounds up to infinity, infinities, and what is no number.
     values = np.float32([0, 1, 1 + 2**-8, 1 + 3 * 2**-8, -1.003, 3.4e38, 1e-30, np.inf, -np.inf,
@@ -169,8 +208,11 @@ class OperationsTest(tf.test.TestCase):
     images[0, 0, 0, 3] = np.nan
     for dtype in (tf.float32, tf.bfloat16):
       with tf.Graph().as_default():
-        outputs = evaluate([tf.cast(each, tf.float32) for each in self.kernels.xception_batch_norm(
-            tf.cast(images, dtype), tf.ones([20]), tf.zeros([20]), epsilon=EPSILON, relu=True)])
+        parameters = tf.cast(images, dtype), tf.ones([20]), tf.zeros([20])
+        outputs = evaluate([tf.cast(each, tf.float32) for each in (
+            *self.kernels.xception_batch_norm(*parameters, epsilon=EPSILON, relu=True),
+            *self.kernels.xception_batch_norm_depthwise(*parameters, tf.ones([3, 3, 20, 1]),
+                                                        epsilon=EPSILON))])
       for output in outputs:
         self.assertTrue(np.isnan(output[..., 3]).all())
         self.assertTrue(np.isfinite(output[..., 4]).all())
@@ -199,6 +241,7 @@ class OperationsTest(tf.test.TestCase):
     images, kernel = tf.zeros([1, 4, 4, 16]), tf.zeros([3, 3, 16, 1])
     sixteen = tf.zeros([16])
     norm, depthwise = self.kernels.xception_batch_norm, self.kernels.xception_depthwise
+    both = self.kernels.xception_batch_norm_depthwise
     for message, operation in (
         ('16 channels, got [8]', norm(images, tf.zeros([8]), sixteen, epsilon=0.1, relu=False)),
         ('a pixel at least', norm(tf.zeros([0, 4, 4, 16]), sixteen, sixteen, epsilon=0.1,
@@ -206,8 +249,14 @@ class OperationsTest(tf.test.TestCase):
         ('16 channels or more', depthwise(tf.zeros([1, 4, 4, 8]), tf.zeros([3, 3, 8, 1]),
                                           relu=False)),
         ('must be 3 x 3', depthwise(images, tf.zeros([5, 5, 16, 1]), relu=False)),
+        ('16 channels, got [8]', both(images, sixteen, tf.zeros([8]), kernel, epsilon=0.1)),
+        ('must be 3 x 3', both(images, sixteen, sixteen, tf.zeros([5, 5, 16, 1]), epsilon=0.1)),
         ('differ in shape', self.kernels.xception_depthwise_grad(
             tf.zeros([1, 4, 5, 16]), images, kernel, relu=False)),
+        ('differ in shape', self.kernels.xception_batch_norm_depthwise_grad(
+            tf.zeros([1, 5, 4, 16]), images, sixteen, sixteen, kernel, sixteen, sixteen)),
+        ('16 channels, got [8]', self.kernels.xception_batch_norm_depthwise_grad(
+            images, images, sixteen, sixteen, kernel, sixteen, tf.zeros([8]))),
         ('differ in shape', self.kernels.xception_batch_norm_grad(
             tf.zeros([2, 4, 4, 16]), images, *[sixteen] * 4, relu=False))):
       with self.subTest(message), self.assertRaisesWithPredicateMatch(
@@ -310,7 +359,8 @@ def print_hash(num_threads):
   test.setUp()
   with tf.Session(config=tf.ConfigProto(intra_op_parallelism_threads=num_threads)) as session:
     values = session.run(test.batch_norms((4, 37, 37, 24), tf.float32, True)[0] +
-                         test.depthwise((4, 37, 37, 24), tf.float32, True)[0])
+                         test.depthwise((4, 37, 37, 24), tf.float32, True)[0] +
+                         test.batch_norm_depthwises((4, 37, 37, 24), tf.float32)[0])
   print(hashlib.sha256(b''.join(value.tobytes() for value in values)).hexdigest())
 
 

@@ -96,7 +96,7 @@ class FastOperationsTest(tf.test.TestCase):
 
   def test_what_is_exchanged(self):
     compiled = fast_kernels.load() is not None  # fast_kernels_test.py tells whether it may be
-    for is_training, batch_norms in ((True, 40 if compiled else 0), (False, 0)):
+    for is_training in (True, False):
       with tf.Graph().as_default() as graph:
         with fast_operations.override():
           loss = network_loss(is_training)
@@ -107,9 +107,12 @@ class FastOperationsTest(tf.test.TestCase):
         kinds = collections.Counter(node.op for node in needed.node)
       # The two 3 x 3 convolutions keep their gradients.
       self.assertEqual(kinds['Conv2DBackpropFilter'], 2)
-      self.assertEqual(kinds['XceptionBatchNormGrad'], batch_norms)
-      self.assertEqual(kinds['FusedBatchNormV3'], 40 - batch_norms)
-      self.assertEqual(kinds['XceptionDepthwiseGrad'], 34 if compiled else 0)
+      # 21 depthwise convolutions are alone behind a batch norm and its ReLU.
+      both = 21 if compiled and is_training else 0
+      self.assertEqual(kinds['XceptionBatchNormDepthwiseGrad'], both)
+      self.assertEqual(kinds['XceptionBatchNormGrad'], 40 - both if both else 0)
+      self.assertEqual(kinds['FusedBatchNormV3'], 0 if both else 40)
+      self.assertEqual(kinds['XceptionDepthwiseGrad'], 34 - both if compiled else 0)
       self.assertEqual(kinds['DepthwiseConv2dNative'], 0 if compiled else 34)
       if compiled and is_training:
         self.assertEqual(kinds['Relu'] + kinds['ReluGrad'], 0)
@@ -169,8 +172,10 @@ class FastOperationsTest(tf.test.TestCase):
         for graph in metadata.partition_graphs for node in graph.node
         if node.op in fast_kernels.OPERATIONS)
     self.assertEqual(types, {
-        ('XceptionBatchNorm', 'bfloat16'): 40, ('XceptionBatchNormGrad', 'bfloat16'): 40,
-        ('XceptionDepthwise', 'bfloat16'): 34, ('XceptionDepthwiseGrad', 'bfloat16'): 34})
+        ('XceptionBatchNorm', 'bfloat16'): 19, ('XceptionBatchNormGrad', 'bfloat16'): 19,
+        ('XceptionBatchNormDepthwise', 'bfloat16'): 21,
+        ('XceptionBatchNormDepthwiseGrad', 'bfloat16'): 21,
+        ('XceptionDepthwise', 'bfloat16'): 13, ('XceptionDepthwiseGrad', 'bfloat16'): 13})
 
 
 def network_loss(is_training, reuse=None):
