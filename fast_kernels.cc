@@ -227,8 +227,8 @@ absl::StatusOr<Statistics> ComputeStatistics(OpKernelContext* context, float eps
 
 // Writes the gradients of a batch norm.
 //
-// sums: for each channel, of what passed() and of its product with x - center.
-// passed(index of a value, its channel): what reaches the batch norm through its ReLU.
+// passed(index of a value, its channel) returns what reaches the batch norm through its ReLU.
+// sums: of that, for each channel, and then of its products with x - center.
 template <typename Value, typename Passed>
 void WriteGradients(OpKernelContext* context, const Statistics& statistics, const double* sums,
                     const Passed passed, int64_t pixels, const Value* x, Value* dx,
@@ -447,7 +447,7 @@ class Rows {
     rows_[1] = values + row * row_size;
     rows_[0] = row % height > 0 ? rows_[1] - row_size : nullptr;
     rows_[2] = (row + 1) % height > 0 ? rows_[1] + row_size : nullptr;
-    next_row_ = rows_[1] + 2 * row_size;
+    row_after_next_ = rows_[1] + 2 * row_size;  // or none: it is only prefetched
   }
 
   // Calls visit(index in the row, around) for each column, with the lanes from channel c on
@@ -471,14 +471,14 @@ class Rows {
       move_to(column);
       const int64_t i = column * channels_ + c;
       // Nothing else would: the processor foresees no steps of a pixel's size.
-      __builtin_prefetch(next_row_ + i);
+      __builtin_prefetch(row_after_next_ + i);
       visit(i, around);
     }
   }
 
  private:
   const int64_t width_, channels_;
-  const Value *rows_[3], *next_row_;  // the latter only to be prefetched: there may be none
+  const Value *rows_[3], *row_after_next_;
 };
 
 inline __attribute__((always_inline)) Lanes Product(const Lanes (&a)[3][3],
@@ -559,10 +559,10 @@ void AddKernelGradient(const Rows<Value>& rows_of_x, const Value* dy, int64_t ch
   for (int i = 0; i < 9; ++i) AddLanes(sum[i / 3][i % 3], num_done, sums + i * channels + c);
 }
 
-// Writes the gradient with respect to the images, as reading passes it back, and returns the
-// sums, [9 + Reading::kNumSums, channels]: the kernel's gradient, and those of reading.
+// Writes the gradient of what the convolution read, as `reading` passes it back, and returns
+// sums, [9 + Reading::kNumSums, channels]: the kernel's gradient, and those of `reading`.
 template <typename T, typename Reading>
-std::vector<double> ComputeGradients(OpKernelContext* context, const Tensor& gradient,
+std::vector<double> ConvolveGradient(OpKernelContext* context, const Tensor& gradient,
                                      const Tensor& images, const Tensor& kernel,
                                      const Reading& reading, Tensor* images_gradient) {
   constexpr int64_t kRows = 8;  // of a part: the sums are made of parts
@@ -629,9 +629,9 @@ class DepthwiseGrad : public OpKernel {
     Tensor *images_gradient, *kernel_gradient;
     OP_REQUIRES_OK(context, context->allocate_output(0, images.shape(), &images_gradient));
     OP_REQUIRES_OK(context, context->allocate_output(1, kernel.shape(), &kernel_gradient));
-    const auto sums = relu_ ? ComputeGradients<T>(context, gradient, images, kernel,
+    const auto sums = relu_ ? ConvolveGradient<T>(context, gradient, images, kernel,
                                                   RectifiedPixels(), images_gradient)
-                            : ComputeGradients<T>(context, gradient, images, kernel, Pixels(),
+                            : ConvolveGradient<T>(context, gradient, images, kernel, Pixels(),
                                                   images_gradient);
     std::copy(sums.begin(), sums.end(), kernel_gradient->flat<float>().data());
   }
@@ -682,9 +682,10 @@ class BatchNormDepthwiseGrad : public OpKernel {
     OP_REQUIRES_OK(context, context->allocate_output(2, scale.shape(), &offset_gradient));
     OP_REQUIRES_OK(context, context->allocate_output(3, kernel.shape(), &kernel_gradient));
 
-    // First the gradient of the batch norm's output, where that of x will be.
+    // First the gradient of the batch norm's output, where that of x will be. It is stored in
+    // the images' format, but its sums are not of rounded values.
     const auto statistics = StatisticsOf(mean, inverse_deviation, scale, offset);
-    const auto sums = ComputeGradients<T>(context, gradient, images, kernel,
+    const auto sums = ConvolveGradient<T>(context, gradient, images, kernel,
                                           NormalizedPixels(statistics), images_gradient);
     const auto sums_of_pixels = sums.begin() + kernel.NumElements();
     std::copy(sums.begin(), sums_of_pixels, kernel_gradient->flat<float>().data());

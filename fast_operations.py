@@ -40,7 +40,7 @@ def override():
   if not batch_norms + depthwises or not (kernels := fast_kernels.load()):
     return
   for op in batch_norms:
-    depthwise = _only_reader(_only_reader(op, 'Relu'), 'DepthwiseConv2dNative')
+    depthwise = _depthwise_behind(op)
     if depthwise in depthwises:
       depthwises.remove(depthwise)
       _exchange_both(op, depthwise, kernels)
@@ -58,8 +58,18 @@ def _is_batch_norm_in_training(op):
 
 def _only_reader(op, op_type):
   """Returns what alone reads the first output of an operation, if it is of a type; or None."""
-  readers = op.outputs[0].consumers() if op else []
+  readers = op.outputs[0].consumers()
   return readers[0] if [reader.type for reader in readers] == [op_type] else None
+
+
+def _depthwise_behind(batch_norm):
+  """Returns the depthwise convolution that can be computed with a batch norm, or None."""
+  relu = _only_reader(batch_norm, 'Relu')
+  depthwise = relu and _only_reader(relu, 'DepthwiseConv2dNative')
+  # What those wait for may itself wait for the batch norm.
+  if depthwise and not relu.control_inputs + depthwise.control_inputs:
+    return depthwise
+  return None
 
 
 def _exchange_both(batch_norm, depthwise, kernels):

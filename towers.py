@@ -54,12 +54,31 @@ def session_config(devices):
       device_count={'CPU': num_cpus})
   if devices[0].startswith('/cpu'):
     config.device_count['GPU'] = 0
-    if num_cpus >= os.cpu_count():
-      # The towers keep all cores busy: an operation on one core waits for no other thread.
-      # The first session of a process decides this for all.
-      config.intra_op_parallelism_threads = 1
   config.gpu_options.allow_growth = True
   return config
+
+
+def start_threads(config, devices):
+  """Gives towers that fill all cores of the CPU one thread each.
+
+  By default every operation is shared by all cores, and waits for the last. The threads
+  belong to the process, whose first session decides: call this in front of it.
+
+  Args:
+    config: tf.ConfigProto of the session, changed in place.
+    devices: device of each tower.
+  """
+  if devices[0].startswith('/cpu') and len(devices) >= num_cores():
+    config.intra_op_parallelism_threads = 1
+    tf.Session(config=config).close()
+
+
+def num_cores():
+  """Returns how many cores of the CPU this process may use."""
+  try:
+    return len(os.sched_getaffinity(0))
+  except AttributeError:  # not on every system
+    return os.cpu_count() or 1
 
 
 def tower_scope(index):

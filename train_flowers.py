@@ -342,6 +342,7 @@ def main(args):
   workers = cluster.find_workers()
   inputs = training_plan.find_inputs(args, workers.size)
   session_config = towers.session_config(inputs[-1])
+  towers.start_threads(session_config, inputs[-1])
   precision.set_session_options(session_config, args.precision, args.xla)
   workers.start(session_config, args.startup_timeout_secs, args.step_timeout_secs)
   with (log_folder.lock(args.log_dir) if workers.is_chief else log_folder.scratch() as log_dir,

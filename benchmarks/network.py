@@ -52,9 +52,11 @@ def measure_limit(precision, devices):
 
   Args:
     precision: 'float32', 'bfloat16' or 'float16', of the matrices.
-    devices: device of each tower; one product runs on each, and CPU towers share
-      the cores.
+    devices: device of each tower; a product runs on each, but no more than the CPU
+      has cores.
   """
+  if devices[0].startswith('/cpu'):
+    devices = devices[:towers.num_cores()]
   with tf.Graph().as_default(), tf.Session(config=towers.session_config(devices)) as session:
     products = []
     for device in devices:
@@ -124,6 +126,7 @@ def measure_training(batch_size, image_size, depth_multiplier, devices, precisio
     Dict of figures, see `figures`.
   """
   config = towers.session_config(devices)
+  towers.start_threads(config, devices)
   precisions.set_session_options(config, precision, xla)
   with tf.Graph().as_default():
     start = time.perf_counter()

@@ -149,7 +149,7 @@ class OperationsTest(tf.test.TestCase):
   def batch_norm_depthwises(self, shape, dtype):
     """Returns this project's and TensorFlow's outputs, statistics and gradients, as tensors.
 
-    The third list is the batch norm's output.
+    And the batch norm's output.
     """
     # A gap around the mean: at 0 rounding would decide what the ReLU lets pass.
     signs, distances = np.sign(self.random.normal(size=shape)), self.random.normal(size=shape)

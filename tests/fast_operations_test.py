@@ -117,6 +117,46 @@ class FastOperationsTest(tf.test.TestCase):
       if compiled and is_training:
         self.assertEqual(kinds['Relu'] + kinds['ReluGrad'], 0)
 
+  def test_what_waits_for_the_batch_norm_stays_apart_from_it(self):
+    if fast_kernels.load() is None:
+      self.skipTest('there is no C++ compiler')
+    images = np.random.default_rng(0).normal(size=[2, 9, 9, 16])
+    for waits in (False, True):
+      with tf.Graph().as_default() as graph, tf.Session() as session:
+        with fast_operations.override():
+          normalized, mean, *_ = tf.raw_ops.FusedBatchNormV3(
+              x=tf.constant(images, tf.float32), scale=tf.ones([16]), offset=tf.zeros([16]),
+              mean=[], variance=[])
+          with tf.control_dependencies([-mean] if waits else []):
+            net = tf.nn.relu(normalized)
+          net = tf.nn.depthwise_conv2d(net, tf.ones([3, 3, 16, 1]), [1, 1, 1, 1], 'SAME')
+          net = tf.identity(net)
+        kinds = collections.Counter(op.type for op in graph.get_operations())
+        self.assertEqual(kinds['XceptionBatchNormDepthwise'], 0 if waits else 1)
+        self.assertEqual(kinds['XceptionBatchNorm'] + kinds['XceptionDepthwise'], 2 if waits else 0)
+        self.assertAllEqual(session.run(net).shape, images.shape)
+
+  def test_end_points_are_what_they_were(self):
+    names = 'block5_dws_conv1', 'block13_dws_conv1', 'block14_dws_conv2'
+    results = []
+    for context in (contextlib.nullcontext(), fast_operations.override()):
+      with tf.Graph().as_default(), tf.Session() as session:
+        tf.set_random_seed(0)
+        images = np.random.default_rng(0).normal(size=[2, 75, 71, 3])
+        with context, slim.arg_scope(xception.xception_arg_scope()):
+          _, end_points = xception.xception(tf.constant(images, tf.float32), 5, is_training=True,
+                                            dropout_keep_prob=1.0, depth_multiplier=0.125)
+        tensors = [end_points[name] for name in names]
+        # Of a loss that reads them, through what was exchanged in front of them.
+        loss = tf.add_n([tf.reduce_mean(tensor**2 * tensor) for tensor in tensors])
+        weights = tf.trainable_variables('Xception/block4')
+        session.run(tf.global_variables_initializer())
+        results.append(session.run([tensors, tf.gradients(loss, weights)]))
+    # Where rounding decides what a ReLU lets pass, gradients differ by up to a hundredth.
+    for values, wanted, relative in zip(*results, (1e-4, 0.05), strict=True):
+      for value, right in zip(values, wanted, strict=True):
+        self.assertLess(np.linalg.norm(value - right), relative * np.linalg.norm(right))
+
   def test_without_kernels(self):
     with tf.Graph().as_default() as graph, \
          mock.patch.object(fast_kernels, 'load', return_value=None):

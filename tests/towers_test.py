@@ -7,11 +7,13 @@ from unittest import mock
 import numpy as np
 import tensorflow.compat.v1 as tf
 
+import options
 import tf_slim as slim
 import towers
 import train_flowers
 import xception
 
+DATASET_DIR = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'dataset')
 NUM_CLASSES = 3
 IMAGE_SIZE = 71
 DEPTH_MULTIPLIER = 0.125
@@ -156,10 +158,29 @@ class DevicesTest(tf.test.TestCase):
     for devices, num_cores, num_threads in (
         (['/cpu:0'], 2, 0), (['/cpu:0', '/cpu:1'], 2, 1), (['/cpu:0', '/cpu:1'], 3, 0),
         (['/cpu:0', '/cpu:1', '/cpu:2'], 2, 1), (['/gpu:0', '/gpu:1'], 1, 0)):
-      with mock.patch.object(os, 'cpu_count', return_value=num_cores):
-        config = towers.session_config(devices)
+      config = towers.session_config(devices)
+      with mock.patch.object(towers, 'num_cores', return_value=num_cores), \
+           mock.patch.object(tf, 'Session') as session:
+        towers.start_threads(config, devices)
       self.assertEqual(config.intra_op_parallelism_threads, num_threads, (devices, num_cores))
-      self.assertEqual(config.inter_op_parallelism_threads, 0)
+      # Only a session makes the process's threads.
+      self.assertEqual(session.mock_calls,
+                       [mock.call(config=config), mock.call().close()] if num_threads else [])
+
+  def test_training_starts_its_threads_before_any_session(self):
+    args = options.parse_train_args('', ['--dataset_dir', DATASET_DIR, '--log_dir', 'none'])
+    with mock.patch.object(towers, 'start_threads', side_effect=InterruptedError), \
+         mock.patch.object(tf, 'Session') as session:
+      with self.assertRaises(InterruptedError):
+        train_flowers.main(args)
+      session.assert_not_called()
+
+  def test_cores_that_the_process_may_use(self):
+    with mock.patch.object(os, 'sched_getaffinity', return_value={0, 3}):
+      self.assertEqual(towers.num_cores(), 2)
+    with mock.patch.object(os, 'sched_getaffinity', side_effect=AttributeError), \
+         mock.patch.object(os, 'cpu_count', return_value=None):
+      self.assertEqual(towers.num_cores(), 1)
 
   def test_one_towers_variables_stay_beside_it(self):
     self.assertEqual(towers.variables_device(['/gpu:0']), '/gpu:0')
