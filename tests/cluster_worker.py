@@ -3,7 +3,8 @@
   TF_CONFIG=... python tests/cluster_worker.py WEIGHTS.npz [--frozen] [--drift STEP] OPTIONS
 
 --frozen freezes batch norm, whose statistics are of one tower's images: then a
-step is the same arithmetic however its images are shared. --drift changes one
+step is the same arithmetic however its images are shared, and by the same number
+of threads, which is left to TensorFlow here. --drift changes one
 weight of this worker after that step.
 """
 
@@ -19,6 +20,7 @@ import tensorflow.compat.v1 as tf
 
 import cluster
 import options
+import towers
 import train_flowers
 
 
@@ -56,7 +58,8 @@ def main():
     return {**build_hooks(*hook_args), 'weights': StoreWeightsHook(args.weights, args.drift)}
 
   with mock.patch.object(train_flowers, 'tower_loss', loss), \
-       mock.patch.object(train_flowers, 'build_hooks', hooks):
+       mock.patch.object(train_flowers, 'build_hooks', hooks), \
+       mock.patch.object(towers, 'start_threads'):
     try:
       train_flowers.main(options.parse_train_args('', train_options))
     except (cluster.ClusterError, train_flowers.TrainingError) as error:
