@@ -27,9 +27,9 @@ IMAGE_SIZE, BATCH_SIZE, NUM_STEPS, NUM_ROUNDS = 299, 8, 5, 3
 NUM_TRAINING_STEPS = 16  # each, in turns: the gains are a few hundredths
 
 PEER_BOUNDS = {
-    ('train', 'float32', 'Keras train_on_batch'): 1.1,
+    ('train', 'float32', 'Keras train_on_batch'): 1.13,
     ('train', 'float32', 'timm, channels_last'): 1.05,
-    ('train', 'bfloat16', 'timm, channels_last'): 1.03,
+    ('train', 'bfloat16', 'timm, channels_last'): 1.05,
     ('inference', 'float32', 'Keras predict_on_batch'): 1.06,
     ('inference', 'float32', 'timm, torch.compile'): 1.15,
     ('inference', 'bfloat16', 'timm, torch.compile'): 1.05,
@@ -86,14 +86,14 @@ class GainsTest(unittest.TestCase):
     self.skip_without_kernels()
     with mock.patch.object(fast_kernels, 'load', lambda: None):
       tensorflows = training_seconds()
-    self.compare_steps(training_seconds(), tensorflows, 1.03)
+    self.compare_steps(training_seconds(), tensorflows, 1.04)
 
   def test_kernels_in_bfloat16(self):
     self.skip_without_kernels()
     self.skip_without_bfloat16()
     with mock.patch.object(fast_kernels, 'load', lambda: None):
       tensorflows = training_seconds('bfloat16')
-    self.compare_steps(training_seconds('bfloat16'), tensorflows, 1.12)
+    self.compare_steps(training_seconds('bfloat16'), tensorflows, 1.17)
 
   def skip_without_kernels(self):
     if fast_kernels.load() is None:
