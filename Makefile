@@ -10,7 +10,7 @@ TRAIN_FLAGS ?= --image_size 128 --depth_multiplier 0.5
 
 RUN = .venv/bin/python
 
-.PHONY: train eval freeze tensorboard test test-cluster test-browser test-clients test-hostile \
+.PHONY: train eval freeze tensorboard test lint test-cluster test-browser test-clients test-hostile \
 	benchmark bench-frozen cluster-demo clean
 
 train: .venv/installed
@@ -25,12 +25,16 @@ freeze: .venv/installed
 tensorboard: .venv/installed
 	.venv/bin/tensorboard --logdir $(LOG_DIR) --host 127.0.0.1
 
-test: .venv/installed
-	$(RUN) -m pytest -q -n 2 --dist loadfile xception_test.py tests
+test: .venv/installed-dev
+	$(RUN) -m pytest -q -n 2 --dist loadfile
+
+# Style and likely mistakes.
+lint: .venv/installed-dev
+	$(RUN) -m ruff check
 
 # Larger clusters, and every way in which a worker can fail.
-test-cluster: .venv/installed
-	CLUSTER_TESTS=1 $(RUN) -m pytest -q tests/cluster_test.py
+test-cluster: .venv/installed-dev
+	CLUSTER_TESTS=1 $(RUN) -m pytest -q tests/deployment/cluster_test.py
 
 # Two workers on this machine train on the flowers: a minute or two.
 cluster-demo: .venv/installed
@@ -39,20 +43,20 @@ cluster-demo: .venv/installed
 
 # A frozen model in every program that README shows; they are installed beside .venv.
 test-clients: .venv-clients/installed
-	.venv-clients/bin/python -m pytest -q -rs tests/clients_test.py tests/write_pb_test.py
-	PYTHONPATH=.venv-clients/opencv5 .venv-clients/bin/python -m pytest -q tests/clients_test.py -k opencv
+	.venv-clients/bin/python -m pytest -q -rs tests/export/clients_test.py tests/write_pb_test.py
+	PYTHONPATH=.venv-clients/opencv5 .venv-clients/bin/python -m pytest -q tests/export/clients_test.py -k opencv
 
 # 10,000 damaged images, with the frozen model of make freeze.
 test-hostile: .venv/installed
 	$(RUN) tests/hostile_images.py --graph frozen_model_xception.pb
 
 # TensorBoard in a real browser; needs Chromium: apt install chromium
-test-browser: .venv/installed
+test-browser: .venv/installed-dev
 	$(RUN) -m pip install -q -r requirements-browser.txt
 	$(RUN) -m pytest -q tests/tensorboard_browser.py
 
 # Speed that was gained must stay; on an idle machine.
-benchmark: .venv/installed
+benchmark: .venv/installed-dev
 	$(RUN) -m pytest -q -s tests/speed_gains.py
 
 # Folded float32 and bfloat16 beside the unfolded graph, at 299 x 299.
@@ -68,8 +72,12 @@ clean:
 	$(RUN) -m pip install -r requirements.txt
 	touch $@
 
-.venv-clients/installed: requirements.txt requirements-clients.txt
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(RUN) -m pip install -r requirements-dev.txt
+	touch $@
+
+.venv-clients/installed: requirements.txt requirements-dev.txt requirements-clients.txt
 	$(PYTHON) -m venv .venv-clients
-	.venv-clients/bin/python -m pip install -r requirements.txt -r requirements-clients.txt
+	.venv-clients/bin/python -m pip install -r requirements.txt -r requirements-dev.txt -r requirements-clients.txt
 	.venv-clients/bin/python -m pip install --no-deps --target .venv-clients/opencv5 "opencv-python-headless>=5,<6"
 	touch $@

@@ -20,17 +20,17 @@ import argparse
 import json
 import sys
 
-import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+import slim_bridge  # noqa: F401, before TensorFlow: see there
 
 import tensorflow.compat.v1 as tf
 
 from benchmarks import input_pipeline
 from benchmarks import network
 from benchmarks import peers
-import flowers
-import options
-import precision
-import towers
+from common import arguments
+from deployment import precision
+from deployment import towers
+from records import flowers
 
 IMPORT_SECONDS = time.perf_counter() - START
 
@@ -50,7 +50,7 @@ OPTIONS = {
 
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
-                                   formatter_class=options.HelpFormatter)
+                                   formatter_class=arguments.HelpFormatter)
   parser.add_argument('--mode', choices=['train', 'inference', 'input', 'end_to_end'],
                       help='what to measure (default: train; with --peers, train and '
                       'inference)')
@@ -58,13 +58,13 @@ def parse_args(argv=None):
                       help='measures training and inference beside Keras and, where '
                       'requirements-benchmark.txt is installed, timm; with --mode input, the '
                       "input pipeline beside slim's and Keras'")
-  parser.add_argument('--batch_size', type=options.positive_int, default=8,
+  parser.add_argument('--batch_size', type=arguments.positive_int, default=8,
                       help='images per step, summed over towers')
-  parser.add_argument('--image_size', type=options.image_size, default=299,
+  parser.add_argument('--image_size', type=arguments.image_size, default=299,
                       help='height and width in pixels')
-  parser.add_argument('--depth_multiplier', type=options.positive_float, default=1.0,
+  parser.add_argument('--depth_multiplier', type=arguments.positive_float, default=1.0,
                       help='width of the network')
-  parser.add_argument('--num_clones', type=options.positive_int,
+  parser.add_argument('--num_clones', type=arguments.positive_int,
                       help='number of towers (default: one on every GPU, or one on the CPU)')
   parser.add_argument('--clone_on_cpu', action='store_true', help='puts the towers on the CPU')
   parser.add_argument('--precision', choices=precision.PRECISIONS, default='float32',
@@ -73,9 +73,9 @@ def parse_args(argv=None):
   parser.add_argument('--synthetic', action='store_true',
                       help='repeats one random batch in end_to_end too, as train and '
                       'inference always do')
-  parser.add_argument('--steps', type=options.positive_int, default=10,
+  parser.add_argument('--steps', type=arguments.positive_int, default=10,
                       help='steps that are timed')
-  parser.add_argument('--rounds', type=options.positive_int, default=3,
+  parser.add_argument('--rounds', type=arguments.positive_int, default=3,
                       help='of --peers: turns that a median is of')
   parser.add_argument('--json', action='store_true', help='prints one JSON object, no table')
   args = parser.parse_args(argv)

@@ -17,7 +17,7 @@ import json
 import os
 import sys
 
-import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+import slim_bridge  # noqa: F401, before TensorFlow: see there
 
 from google.protobuf import message
 from matplotlib.figure import Figure
@@ -25,10 +25,10 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 import tqdm
 
-import atomic_files
-import flowers
-import options
-import tfrecords
+from common import arguments
+from common import files
+from records import flowers
+from records import tfrecords
 
 READ_WINDOW = 256  # records in flight
 MAX_LISTED = 20  # bad records and duplicates in the table; --json has them all
@@ -161,7 +161,7 @@ def draw_contact_sheet(images, path):
       axis.imshow(image)
   png = io.BytesIO()
   figure.savefig(png, format='png', dpi=80)
-  atomic_files.write(path, png.getvalue())
+  files.write_atomically(path, png.getvalue())
 
 
 def print_report(report):
@@ -235,7 +235,7 @@ def _size_histogram(heights, widths):
 
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
-                                   formatter_class=options.HelpFormatter)
+                                   formatter_class=arguments.HelpFormatter)
   parser.add_argument('--dataset_dir', default='dataset',
                       help='folder of the TFRecords and labels.txt')
   parser.add_argument('--dataset_name', default=flowers.DATASET_NAME,
@@ -243,9 +243,9 @@ def parse_args(argv=None):
   parser.add_argument('--json', action='store_true', help='print one JSON object, no tables')
   parser.add_argument('--contact_sheet', metavar='PNG',
                       help='write a picture of random training images of every class')
-  parser.add_argument('--images_per_class', type=options.positive_int, default=8,
+  parser.add_argument('--images_per_class', type=arguments.positive_int, default=8,
                       help='on the contact sheet')
-  parser.add_argument('--seed', type=options.non_negative_int, default=0,
+  parser.add_argument('--seed', type=arguments.non_negative_int, default=0,
                       help='which images are on it')
   return parser.parse_args(argv)
 

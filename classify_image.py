@@ -22,15 +22,15 @@ import os
 import sys
 import threading
 
-import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+import slim_bridge  # noqa: F401, before TensorFlow: see there
 
 import numpy as np
 import tensorflow.compat.v1 as tf
 import tqdm
 
-import frozen_models
-import image_files
-import options
+from common import arguments
+from export import models
+from records import image_files
 
 STANDARD_INPUT = '-'
 # What is taken of a folder; a file that is named is tried whatever its ending.
@@ -107,7 +107,7 @@ class ImageLoader:
   def __init__(self, image_size):
     """Initializes it for images of a size, or for encoded images if that is None."""
     self._convert = image_files.Converter()
-    self._preprocess = frozen_models.Preprocessor(image_size) if image_size else bytes
+    self._preprocess = models.Preprocessor(image_size) if image_size else bytes
     # The largest image takes 1.5 GB here: one at a time.
     self._lock = threading.Lock()
 
@@ -198,16 +198,16 @@ def parse_args(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__.split('\n')[0],
       epilog='A .pb is a program: load only files that you or someone you trust made.',
-      formatter_class=options.HelpFormatter)
+      formatter_class=arguments.HelpFormatter)
   parser.add_argument('images', nargs='+', metavar='IMAGE',
                       help='file, folder, pattern like "photos/*.jpg", or - for standard input')
   parser.add_argument('--graph', required=True,
                       help='.pb, folder of a SavedModel, .tflite or .onnx of write_pb.py')
-  parser.add_argument('--top_k', type=options.positive_int, default=5,
+  parser.add_argument('--top_k', type=arguments.positive_int, default=5,
                       help='classes per image')
-  parser.add_argument('--batch_size', type=options.positive_int, default=8,
+  parser.add_argument('--batch_size', type=arguments.positive_int, default=8,
                       help='images per step; changes speed and memory, not the result')
-  parser.add_argument('--precision', choices=frozen_models.PRECISIONS, default='float32',
+  parser.add_argument('--precision', choices=models.PRECISIONS, default='float32',
                       help='bfloat16 lets TensorFlow compute a .pb or a SavedModel in it, fast '
                       'on CPUs with AVX512_BF16 or AMX')
   group = parser.add_mutually_exclusive_group()
@@ -223,7 +223,7 @@ def parse_args(argv=None):
 def main(args):
   """Classifies the files of the command line; returns the exit code."""
   files = find_files(args.images)
-  model = frozen_models.load(args.graph, args.precision)
+  model = models.load(args.graph, args.precision)
   # Bytes of a name that are no UTF-8 go out as they came in.
   sys.stdout.reconfigure(errors='surrogateescape')
   sys.stderr.reconfigure(errors='backslashreplace')
@@ -253,5 +253,5 @@ if __name__ == '__main__':
     # Whoever read the results wants no more of them; nothing is left to be flushed.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
-  except (frozen_models.ModelError, OSError) as error:
+  except (models.ModelError, OSError) as error:
     sys.exit(f'classify_image.py: {error}')

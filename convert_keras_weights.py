@@ -19,14 +19,14 @@ import tempfile
 import textwrap
 import warnings
 
-import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+import slim_bridge  # noqa: F401, before TensorFlow: see there
 
 import numpy as np
 import tensorflow.compat.v1 as tf
 
-import checkpoints
-import flowers
-import options
+from common import arguments
+from common import checkpoints
+from records import flowers
 import xception
 
 IMAGENET = 'imagenet'
@@ -397,7 +397,7 @@ def keras_file_name(text):
 
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(
-      description=__doc__.split('\n')[0], formatter_class=options.HelpFormatter)
+      description=__doc__.split('\n')[0], formatter_class=arguments.HelpFormatter)
   group = parser.add_argument_group('from Keras to slim')
   group.add_argument('--keras_weights', metavar='FILE',
                      help='.h5, .weights.h5 or .keras, of weights or a whole model; or the word '
@@ -405,7 +405,7 @@ def parse_args(argv=None):
   group.add_argument('--output_checkpoint', type=checkpoint_name,
                      help='checkpoint to write, like ckpt/xception.ckpt; model_config.json comes '
                      'beside it')
-  group.add_argument('--num_classes', type=options.non_negative_int,
+  group.add_argument('--num_classes', type=arguments.non_negative_int,
                      help='how many classes FILE has, 0 if it has no top; for '
                      f'{IMAGENET}, 0 leaves the logits out (default: {IMAGENET_CLASSES})')
   group.add_argument('--labels', help='a labels.txt with the names of the classes (default: '

@@ -9,343 +9,32 @@ before everything is.
 """
 
 import argparse
-import collections
-import concurrent.futures
-import csv
-import glob
-import hashlib
-import os
 import sys
 
-import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+import slim_bridge  # noqa: F401, before TensorFlow: see there
 
-import numpy as np
 import tensorflow.compat.v1 as tf
-import tqdm
 
-import flowers
-import image_files
-import options
-
-REJECTED_FILE = 'rejected.csv'
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff')
-WRITE_WINDOW = 256  # images held at the same time
-
-Item = collections.namedtuple('Item', [  # one file of a class folder
-    'path',
-    'class_name',
-    'reason',  # why it cannot be used, or None
-    'digest',  # bytes, SHA-256 of the file
-    'kept_as',  # (format, height, width) of a file that is taken byte for byte, or None
-])
-
-
-def create_dataset(image_dir, dataset_dir, dataset_name=flowers.DATASET_NAME,
-                   validation_fraction=0.1, num_shards=2, seed=0, num_workers=None,
-                   labels_file=None, overwrite=False):
-  """Writes the TFRecords of a folder of images, and prints what became of them.
-
-  Args:
-    image_dir: folder with one sub-folder a class; the folders' names are the
-      classes' names, in sorted order unless labels_file tells another.
-    dataset_dir: folder to write to, created if missing.
-    dataset_name: first part of the shards' names.
-    validation_fraction: float in [0, 1), share of every class; 0 writes no
-      validation split.
-    num_shards: files per split.
-    seed: int of 0 or more, of the split and the order.
-    num_workers: images decoded at the same time; None is one a core. It does
-      not change the result.
-    labels_file: an existing labels.txt whose ids are to be kept.
-    overwrite: whether a dataset of this name may be replaced.
-
-  Raises:
-    flowers.DatasetError: the folders are not as they should be, or files are in
-      the way; nothing was written.
-  """
-  files = list_files(image_dir, dataset_dir)
-  class_names = order_classes(files, labels_file)
-  check_target(dataset_dir, dataset_name, class_names, overwrite)
-  convert = image_files.Converter()
-  with concurrent.futures.ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
-    items = examine(files, convert, pool)
-    splits = split_items(items, class_names, validation_fraction, seed)
-    for name, split in splits.items():
-      if len(split) < num_shards:
-        raise flowers.DatasetError(f'--num_shards {num_shards} is more than the {len(split)} '
-                                   f'images of the {name} split')
-    os.makedirs(dataset_dir, exist_ok=True)
-    written = [path for name, split in splits.items() for path in write_split(
-        split, class_names, convert, pool, dataset_dir, dataset_name, name, num_shards)]
-  rejected = [item for item in items if item.reason]
-  if rejected:
-    written.append(write_rejected(rejected, image_dir, dataset_dir))
-  written.append(write_labels(class_names, dataset_dir))
-  replace_dataset(written, dataset_dir, dataset_name)
-  print_table(class_names, splits, rejected)
-
-
-def list_files(image_dir, dataset_dir):
-  """Returns {class name: paths in sorted order} of the sub-folders of image_dir.
-
-  Raises:
-    flowers.DatasetError: the folders are not one a class.
-  """
-  if not os.path.isdir(image_dir):
-    raise flowers.DatasetError(f'There is no folder {image_dir}: is --image_dir right?')
-  entries = [entry for entry in _visible_entries(image_dir)
-             if os.path.abspath(entry.path) != os.path.abspath(dataset_dir)]
-  folders = [entry for entry in entries if entry.is_dir()]
-  stray = [entry.name for entry in entries
-           if not entry.is_dir() and entry.name.lower().endswith(IMAGE_SUFFIXES)]
-  if stray:
-    raise flowers.DatasetError(
-        f'{len(stray)} images, such as {_printable(stray[0])}, lie directly in {image_dir}: '
-        'move each into the sub-folder of its class')
-  files = {}
-  for folder in folders:
-    _check_class_name(folder.name)
-    children = list(_visible_entries(folder.path))
-    if not children:
-      raise flowers.DatasetError(f'The class folder {folder.path} is empty: remove it or fill it')
-    if all(child.is_dir() for child in children):
-      raise flowers.DatasetError(
-          f'{folder.path} has folders only: are the classes one level deeper? Then give '
-          f'--image_dir {folder.path}')
-    files[folder.name] = [child.path for child in children]
-  if len(files) < 2:
-    raise flowers.DatasetError(f'{image_dir} has {len(files)} class folders: at least 2 are needed')
-  return files
-
-
-def order_classes(files, labels_file):
-  """Returns the class names in the order of their ids."""
-  if labels_file is None:
-    return list(files)
-  class_names = flowers.read_labels_file(labels_file)
-  if sorted(class_names) != sorted(files):
-    unknown = sorted(set(files).difference(class_names))
-    missing = sorted(set(class_names).difference(files))
-    raise flowers.DatasetError(f'{labels_file} does not fit the class folders: it lacks '
-                               f'{unknown or "none"}, and no folder is there for '
-                               f'{missing or "none"}')
-  return class_names
-
-
-def check_target(dataset_dir, dataset_name, class_names, overwrite):
-  """Raises a DatasetError if files of another dataset would be replaced."""
-  if overwrite:
-    return
-  existing = _shards(dataset_dir, dataset_name)
-  rejected_file = os.path.join(dataset_dir, REJECTED_FILE)
-  existing += [rejected_file] if os.path.exists(rejected_file) else []
-  labels_file = os.path.join(dataset_dir, flowers.LABELS_FILE)
-  if os.path.exists(labels_file) and flowers.read_labels(dataset_dir) != class_names:
-    existing.append(labels_file)
-  if existing:
-    raise flowers.DatasetError(f'{existing[0]} exists: add --overwrite to replace the dataset, '
-                               'or choose another --dataset_dir')
-
-
-def examine(files, convert, pool):
-  """Decodes every file once; returns an Item for each.
-
-  Args:
-    files: {class name: paths}.
-    convert: image_files.Converter.
-    pool: ThreadPoolExecutor.
-  """
-  def examine_file(class_name, path):
-    try:
-      content = _read(path)
-      encoded, *kept_as = convert(content)
-    except image_files.ImageError as error:
-      return Item(path, class_name, str(error), None, None)
-    digest = hashlib.sha256(content).digest()
-    return Item(path, class_name, None, digest, kept_as if encoded is content else None)
-
-  pairs = [(class_name, path) for class_name, paths in files.items() for path in paths]
-  items = list(tqdm.tqdm(pool.map(lambda pair: examine_file(*pair), pairs), 'Reading',
-                         total=len(pairs), unit=' images', disable=None))
-  return reject_duplicates(items)
-
-
-def reject_duplicates(items):
-  """Keeps one of equal files of a class, and none of equal files of several classes."""
-  by_digest = collections.defaultdict(list)
-  for item in items:
-    if item.reason is None:
-      by_digest[item.digest].append(item)
-
-  def judge(item):
-    if item.reason:
-      return item
-    equals = by_digest[item.digest]
-    others = [other for other in equals if other.class_name != item.class_name]
-    if others:
-      return item._replace(reason=f'same content as {_printable(others[0].path)} of another '
-                           'class: which is right?')
-    if item is not equals[0]:
-      return item._replace(reason=f'same content as {_printable(equals[0].path)}')
-    return item
-
-  return [judge(item) for item in items]
-
-
-def split_items(items, class_names, validation_fraction, seed):
-  """Splits the usable items at random, every class in the same proportion.
-
-  Returns:
-    {'train': items, 'validation': items}, each in random order; without
-    'validation' if validation_fraction is 0.
-
-  Raises:
-    flowers.DatasetError: a class has no image that can be used.
-  """
-  train, validation = [], []
-  for label, class_name in enumerate(class_names):
-    usable = [item for item in items if item.class_name == class_name and item.reason is None]
-    if not usable:
-      reasons = [item.reason for item in items if item.class_name == class_name]
-      raise flowers.DatasetError(f'No image of the class {class_name} can be used; the first: '
-                                 f'{reasons[0]}')
-    order = np.random.default_rng([seed, label]).permutation(len(usable))
-    num_validation = round(validation_fraction * len(usable))
-    if validation_fraction:
-      # Every class is trained, and validated where there are two images.
-      num_validation = min(max(num_validation, 1), len(usable) - 1)
-    validation += [usable[i] for i in order[:num_validation]]
-    train += [usable[i] for i in order[num_validation:]]
-  splits = {'train': train, 'validation': validation} if validation else {'train': train}
-  for i, name in enumerate(splits):
-    order = np.random.default_rng([seed, len(class_names), i]).permutation(len(splits[name]))
-    splits[name] = [splits[name][j] for j in order]
-  return splits
-
-
-def write_split(items, class_names, convert, pool, dataset_dir, dataset_name, split_name,
-                num_shards):
-  """Writes the shards of a split under temporary names; returns their final names."""
-  labels = {name: label for label, name in enumerate(class_names)}
-
-  def make_record(item):
-    content = _read(item.path)
-    if hashlib.sha256(content).digest() != item.digest:
-      raise flowers.DatasetError(f'{_printable(item.path)} changed while the dataset was made: '
-                                 'run it again')
-    encoded, image_format, height, width = (
-        (content, *item.kept_as) if item.kept_as else convert(content))
-    return flowers.make_example(
-        encoded, image_format, labels[item.class_name], height, width).SerializeToString()
-
-  paths = [os.path.join(dataset_dir, flowers.shard_name(split_name, i, num_shards, dataset_name))
-           for i in range(num_shards)]
-  writers = [tf.python_io.TFRecordWriter(path + '.tmp') for path in paths]
-  with tqdm.tqdm(desc=f'Writing {split_name}', total=len(items), unit=' images',
-                 disable=None) as progress:
-    for start in range(0, len(items), WRITE_WINDOW):
-      window = items[start:start + WRITE_WINDOW]
-      for i, record in enumerate(pool.map(make_record, window), start):
-        writers[i % num_shards].write(record)
-        progress.update()
-  for writer in writers:
-    writer.close()
-  return paths
-
-
-def write_rejected(rejected, image_dir, dataset_dir):
-  """Writes rejected.csv under a temporary name; returns its final name."""
-  path = os.path.join(dataset_dir, REJECTED_FILE)
-  with open(path + '.tmp', 'w', encoding='utf-8', newline='') as f:
-    writer = csv.writer(f)
-    writer.writerow(['file', 'reason'])
-    for item in rejected:
-      writer.writerow([_printable(os.path.relpath(item.path, image_dir)), item.reason])
-  return path
-
-
-def write_labels(class_names, dataset_dir):
-  """Writes labels.txt under a temporary name; returns its final name."""
-  path = os.path.join(dataset_dir, flowers.LABELS_FILE)
-  with open(path + '.tmp', 'w', encoding='utf-8', newline='\n') as f:
-    f.writelines(f'{label}:{name}\n' for label, name in enumerate(class_names))
-  return path
-
-
-def replace_dataset(written, dataset_dir, dataset_name):
-  """Gives the files their names, labels.txt last; removes what they replace."""
-  rejected_file = os.path.join(dataset_dir, REJECTED_FILE)
-  old = _shards(dataset_dir, dataset_name)
-  old += [rejected_file] if os.path.exists(rejected_file) else []
-  for path in set(old).difference(written):
-    os.remove(path)  # else old shards would be mixed with new ones
-  for path in written:
-    os.replace(path + '.tmp', path)
-
-
-def print_table(class_names, splits, rejected):
-  """Prints how many images of every class went where."""
-  rejections = collections.Counter(item.class_name for item in rejected)
-  counts = {name: collections.Counter(item.class_name for item in split)
-            for name, split in splits.items()}
-  width = max(len('class'), len('total'), *map(len, class_names))
-  print(f'{"class":{width}} {"train":>10} {"validation":>10} {"rejected":>10}')
-  rows = [(name, *(counts.get(split, {}).get(name, 0) for split in flowers.SPLITS),
-           rejections[name]) for name in class_names]
-  for name, *numbers in [*rows, ('total', *map(sum, list(zip(*rows))[1:]))]:
-    print(f'{name:{width}} ' + ' '.join(f'{number:10}' for number in numbers))
-
-
-def _visible_entries(folder):
-  # Sorted by name, so that every file system gives the same order.
-  with os.scandir(folder) as entries:
-    return sorted((entry for entry in entries if not entry.name.startswith('.')),
-                  key=lambda entry: os.fsencode(entry.name))
-
-
-def _check_class_name(name):
-  if name != name.strip() or not name.isprintable():
-    raise flowers.DatasetError(f'The class folder {_printable(name)!r} cannot stand in labels.txt: '
-                               'rename it without line breaks, outer spaces, or other encodings')
-
-
-def _read(path):
-  if not os.path.isfile(path):  # not a pipe, which would be waited for
-    raise image_files.ImageError(
-        'a folder inside a class folder' if os.path.isdir(path) else
-        'a broken link' if os.path.islink(path) else 'not a file')
-  try:
-    with open(path, 'rb') as f:
-      return f.read()
-  except OSError as error:
-    raise image_files.ImageError(f'it cannot be read: {error.strerror}') from error
-
-
-def _shards(dataset_dir, dataset_name):
-  pattern = flowers.name_pattern(dataset_name)
-  return sorted(path for split in flowers.SPLITS for path in glob.glob(
-      os.path.join(glob.escape(dataset_dir), pattern.replace('%s', split))))
-
-
-def _printable(text):
-  return text.encode('utf-8', 'backslashreplace').decode('utf-8')
+from common import arguments
+from records import creation
+from records import flowers
 
 
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
-                                   formatter_class=options.HelpFormatter)
+                                   formatter_class=arguments.HelpFormatter)
   parser.add_argument('--image_dir', required=True,
                       help='folder with one sub-folder of images a class')
   parser.add_argument('--dataset_dir', required=True, help='folder to write to')
   parser.add_argument('--dataset_name', default=flowers.DATASET_NAME,
                       help='first part of the files\' names')
-  parser.add_argument('--validation_fraction', type=options.fraction, default=0.1,
+  parser.add_argument('--validation_fraction', type=arguments.fraction, default=0.1,
                       help='share of every class that is kept from training')
-  parser.add_argument('--num_shards', type=options.positive_int, default=2,
+  parser.add_argument('--num_shards', type=arguments.positive_int, default=2,
                       help='files per split')
-  parser.add_argument('--seed', type=options.non_negative_int, default=0,
+  parser.add_argument('--seed', type=arguments.non_negative_int, default=0,
                       help='of the split and the order')
-  parser.add_argument('--num_workers', type=options.positive_int,
+  parser.add_argument('--num_workers', type=arguments.positive_int,
                       help='images decoded at the same time (default: one a core)')
   parser.add_argument('--labels_file',
                       help='labels.txt whose ids are kept (default: folders in sorted order)')
@@ -356,7 +45,7 @@ def parse_args(argv=None):
 if __name__ == '__main__':
   args = parse_args()
   try:
-    create_dataset(args.image_dir, args.dataset_dir, args.dataset_name,
+    creation.create_dataset(args.image_dir, args.dataset_dir, args.dataset_name,
                    args.validation_fraction, args.num_shards, args.seed, args.num_workers,
                    args.labels_file, args.overwrite)
   except (flowers.DatasetError, OSError) as error:

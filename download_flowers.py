@@ -10,7 +10,6 @@ The photographs are CC-BY; flower_photos/LICENSE.txt names those who took them.
 
 import argparse
 import gzip
-import hashlib
 import http.client
 import os
 import pathlib
@@ -23,14 +22,15 @@ import urllib.error
 import urllib.request
 import zlib
 
-import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+import slim_bridge  # noqa: F401, before TensorFlow: see there
 
 import tensorflow.compat.v1 as tf
 import tqdm
 
-import create_tfrecords
-import flowers
-import options
+from common import arguments
+from common import files
+from records import creation
+from records import flowers
 
 URLS = (
     'https://download.tensorflow.org/example_images/flower_photos.tgz',
@@ -86,7 +86,7 @@ def fetch(urls, path, sha256, size=None):
     resumed = os.path.exists(part)
     try:
       url = fetch_from_any(urls, part, size)
-      found = sha256_of(part)
+      found = files.sha256(part)
       if found == sha256:
         os.replace(part, path)
         return
@@ -194,12 +194,6 @@ def read_chunks(response):
     yield chunk
 
 
-def sha256_of(path):
-  """Returns the SHA-256 of a file, hexadecimal."""
-  with open(path, 'rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()
-
-
 def unpack(archive, folder):
   """Unpacks an archive of one folder, and gives this its name when it is complete.
 
@@ -263,18 +257,18 @@ def checksum(text):
 
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(
-      description=__doc__.split('\n')[0], formatter_class=options.HelpFormatter,
+      description=__doc__.split('\n')[0], formatter_class=arguments.HelpFormatter,
       epilog='The photographs are CC-BY: flower_photos/LICENSE.txt names those who took them.')
   parser.add_argument('--dataset_dir', required=True, help='folder to write to')
   parser.add_argument('--url', help='a mirror, or a local file:// (default: '
                       'download.tensorflow.org)')
   parser.add_argument('--sha256', type=checksum, default=SHA256, help='checksum of the archive')
-  parser.add_argument('--validation_fraction', type=options.fraction,
+  parser.add_argument('--validation_fraction', type=arguments.fraction,
                       default=VALIDATION_FRACTION,
                       help='share of every class that is kept from training')
-  parser.add_argument('--num_shards', type=options.positive_int, default=2,
+  parser.add_argument('--num_shards', type=arguments.positive_int, default=2,
                       help='files per split')
-  parser.add_argument('--seed', type=options.non_negative_int, default=0,
+  parser.add_argument('--seed', type=arguments.non_negative_int, default=0,
                       help='of the split and the order')
   parser.add_argument('--overwrite', action='store_true', help='replace existing TFRecords')
   return parser.parse_args(argv)
@@ -289,12 +283,12 @@ def main(args):
   archive = os.path.join(args.dataset_dir, PHOTOS + '.tgz')
   photos = os.path.join(args.dataset_dir, PHOTOS)
   if not os.path.isdir(photos):
-    if not (os.path.exists(archive) and sha256_of(archive) == args.sha256):
+    if not (os.path.exists(archive) and files.sha256(archive) == args.sha256):
       fetch([args.url] if args.url else URLS, archive, args.sha256,
             SIZE if args.sha256 == SHA256 else None)
     unpack(archive, photos)
   try:
-    create_tfrecords.create_dataset(
+    creation.create_dataset(
         photos, args.dataset_dir, validation_fraction=args.validation_fraction,
         num_shards=args.num_shards, seed=args.seed, overwrite=args.overwrite)
   except tf.errors.OpError as error:  # TFRecordWriter's OSError

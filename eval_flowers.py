@@ -21,24 +21,19 @@ import os
 import sys
 import time
 
-import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+import slim_bridge  # noqa: F401, before TensorFlow: see there
 
-import numpy as np
 import tensorflow.compat.v1 as tf
 
-import checkpoints
-import evaluation
-import flowers
-import frozen_models
-import metrics
-import options
-import pictures
-import report
-import towers
+from common import arguments
+from common import checkpoints
+from deployment import towers
+from evaluation import metrics
+from evaluation import report
+from export import models
+from records import flowers
 
 WATCH_INTERVAL_SECS = 2  # between two looks for a new checkpoint
-# A probability that rounds to 0 costs what the smallest float32 does.
-MIN_PROBABILITY = np.finfo(np.float32).tiny
 
 
 def new_checkpoints(log_dir, timeout):
@@ -66,145 +61,11 @@ def new_checkpoints(log_dir, timeout):
       time.sleep(min(WATCH_INTERVAL_SECS, timeout))
 
 
-def report_bad_records(dataset, bad_numbers):
-  """Warns of the records that could not be evaluated, and of shards cut short."""
-  for damage in dataset.records.damages:
-    print(f'Warning: {damage}', file=sys.stderr)
-  for number in bad_numbers[:flowers.MAX_NAMED_BAD_RECORDS]:
-    print(f'Warning: not evaluated: {flowers.describe_bad_record(dataset, number)}',
-          file=sys.stderr)
-  if bad_numbers:
-    print(f'Warning: {len(bad_numbers)} of {dataset.num_samples} records are bad and left out',
-          file=sys.stderr)
-
-
-class SplitEvaluation:
-  """Evaluates networks on a split and writes what was found.
-
-  Attributes:
-    class_names: names of the split's classes.
-  """
-
-  def __init__(self, dataset, log_eval, batch_size, about):
-    """Initializes it; nothing is written before the first result.
-
-    Args:
-      dataset: slim Dataset from `flowers.get_split`.
-      log_eval: folder of the results; created if missing.
-      batch_size: images that a network is given at a time.
-      about: dict of what metrics.json is to say beside the metrics.
-    """
-    self.class_names = [name for _, name in sorted(dataset.labels_to_names.items())]
-    self._dataset = dataset
-    self._log_eval = log_eval
-    self._batch_size = batch_size
-    self._about = about
-    self._writer = None
-    num_pictures = min(pictures.MAX_GRID_IMAGES, dataset.num_samples)
-    self._picture_indices = np.linspace(
-        0, dataset.num_samples - 1, num_pictures).astype(int).tolist()
-
-  def of_checkpoints(self, devices, use_averages):
-    """Returns a function that evaluates a checkpoint of one training, and the next.
-
-    The function takes a checkpoint's path and returns what `_report` does; it
-    raises checkpoints.CheckpointError if the checkpoint cannot be read, or is of
-    another model or dataset.
-
-    Args:
-      devices, use_averages: see `evaluation.Evaluator`.
-    """
-    evaluator = None
-
-    def evaluate(checkpoint):
-      nonlocal evaluator
-      if evaluator is None:
-        config = checkpoints.load_config(checkpoint)
-        self._check_classes(checkpoint, config.class_names)
-        evaluator = evaluation.Evaluator(self._dataset, config, self._batch_size, devices,
-                                         show_progress=True)
-      step = read_global_step(checkpoint)
-      result = evaluator(checkpoint, use_averages, self._picture_indices,
-                         pictures.MAX_GRID_IMAGES)
-      return self._report(result, {'checkpoint': checkpoint, 'global_step': step,
-                                   'uses_averages': result.uses_averages})
-    return evaluate
-
-  def of_frozen_model(self, path):
-    """Evaluates a model of whatever format; returns what `_report` does.
-
-    Raises:
-      frozen_models.ModelError: the model cannot be loaded, or takes no pixels.
-      checkpoints.CheckpointError: it is of other classes.
-    """
-    model = frozen_models.load(path)
-    self._check_classes(path, model.class_names)
-    if model.image_size is None:
-      raise frozen_models.ModelError(
-          f'{path} decodes images itself, and evaluation does too: give the .pb that takes pixels')
-
-    def predict(batches):
-      for images, labels, _ in batches:
-        probabilities = model.predict(images)
-        chosen = probabilities[np.arange(len(labels)), labels]
-        yield probabilities, -np.log(np.maximum(chosen, MIN_PROBABILITY))
-
-    reader = evaluation.ImageReader(self._dataset, self._batch_size, model.image_size)
-    result = evaluation.run_pass(reader, predict, 1, self._picture_indices,
-                                 pictures.MAX_GRID_IMAGES, show_progress=True)
-    return self._report(result, {
-        'graph': path, 'global_step': model.description.get('global_step', 0),
-        'uses_averages': model.description.get('averaged_weights')})
-
-  def _check_classes(self, path, class_names):
-    if self.class_names != class_names:
-      raise checkpoints.CheckpointError(
-          f'{path} was trained on the classes {", ".join(class_names)}, but '
-          f'{self._about["dataset_dir"]} has {", ".join(self.class_names)}')
-
-  def _report(self, result, about):
-    """Writes files and events.
-
-    Args:
-      result: evaluation.Evaluation.
-      about: dict of what was evaluated; has global_step.
-
-    Returns:
-      computed: metrics.Metrics.
-      about: dict of all that metrics.json says beside them.
-      files: names of the files.
-    """
-    if self._writer is None:
-      undrawable = pictures.undrawable_names(self.class_names)
-      if undrawable:
-        print(f'Warning: no font of this machine can draw {", ".join(undrawable)}: in pictures '
-              'they are numbers. On Debian, apt install fonts-noto-cjk has most', file=sys.stderr)
-      os.makedirs(self._log_eval, exist_ok=True)
-      self._writer = tf.summary.FileWriter(self._log_eval)
-    bad_numbers = sorted(set(range(self._dataset.num_samples)).difference(result.positions))
-    report_bad_records(self._dataset, bad_numbers)
-    computed = metrics.compute(result.labels, result.probabilities, result.losses)
-    about = {'num_bad_records': len(bad_numbers), **about, **self._about}
-    # Bad records leave no images for the last of the indices.
-    indices = [index for index in self._picture_indices if index in result.images]
-    files = report.write(self._log_eval, self._writer, result, computed, indices,
-                         self.class_names, about)
-    return computed, about, files
-
-
-def read_global_step(checkpoint):
-  """Returns the checkpoint's step, or raises a CheckpointError."""
-  try:
-    return checkpoints.global_step(checkpoint)
-  except (tf.errors.OpError, ValueError) as error:
-    raise checkpoints.CheckpointError(f'{checkpoint} cannot be read: {error}') from error
-
-
 def watch(evaluate, log_dir, timeout, last_step):
   """Evaluates each checkpoint of a training as it comes.
 
   Args:
-    evaluate: function from `SplitEvaluation.of_checkpoints`.
+    evaluate: function from `report.SplitEvaluation.of_checkpoints`.
     log_dir: folder that training writes, or is going to.
     timeout: seconds without a new checkpoint after which to end.
     last_step: step to end with, or None.
@@ -256,7 +117,7 @@ def describe_weights(uses_averages):
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__.split('\n')[0],
-      formatter_class=options.HelpFormatter)
+      formatter_class=arguments.HelpFormatter)
   group = parser.add_argument_group('data')
   group.add_argument('--dataset_dir', default='dataset',
                      help='folder of the TFRecords and labels.txt')
@@ -279,16 +140,16 @@ def parse_args(argv=None):
   one_of.add_argument('--graph', metavar='MODEL',
                       help='evaluates a frozen model of write_pb.py: .pb, folder of a SavedModel, '
                       '.tflite or .onnx')
-  group.add_argument('--watch_timeout', type=options.positive_float, default=1800,
+  group.add_argument('--watch_timeout', type=arguments.positive_float, default=1800,
                      help='seconds without a new checkpoint after which --watch ends')
-  group.add_argument('--max_number_of_steps', type=options.positive_int,
+  group.add_argument('--max_number_of_steps', type=arguments.positive_int,
                      help='--watch ends with the checkpoint of this step, the last of training')
   group.add_argument('--use_averages', choices=['auto', 'yes', 'no'], default='auto',
                      help='takes the Polyak averages of the weights; auto: if there are any')
   group = parser.add_argument_group('devices')
-  group.add_argument('--batch_size', type=options.positive_int, default=32,
+  group.add_argument('--batch_size', type=arguments.positive_int, default=32,
                      help='images that a device is given at a time; does not change the result')
-  group.add_argument('--num_clones', type=options.positive_int,
+  group.add_argument('--num_clones', type=arguments.positive_int,
                      help='devices that share the work, which does not change the result '
                      '(default: every GPU, or the CPU)')
   group.add_argument('--eval_on_cpu', '--clone_on_cpu', action='store_true',
@@ -310,7 +171,7 @@ def main(args):
   flowers.require_readable(dataset)
   log_eval = args.log_eval or (f'{args.graph.rstrip("/")}.eval' if args.graph else
                                os.path.join(args.log_dir, 'eval'))
-  split = SplitEvaluation(
+  split = report.SplitEvaluation(
       dataset, log_eval, args.batch_size,
       {'dataset_dir': args.dataset_dir, 'dataset_split_name': args.dataset_split_name})
   images = f'{dataset.num_samples} images of the {args.dataset_split_name} split'
@@ -320,7 +181,11 @@ def main(args):
     return
   if args.graph:
     print(f'Evaluating {args.graph} on {images}', flush=True)
-    computed, about, files = split.of_frozen_model(args.graph)
+    model = models.load(args.graph)
+    if model.image_size is None:
+      raise models.ModelError(f'{args.graph} decodes images itself, and evaluation does too: '
+                              'give the .pb that takes pixels')
+    computed, about, files = split.of_frozen_model(args.graph, model)
   else:
     choice = 'as named' if checkpoint == args.checkpoint_path else (
         f'the newest of {args.checkpoint_path or args.log_dir}')
@@ -337,7 +202,7 @@ if __name__ == '__main__':
   try:
     main(parse_args())
   except (flowers.DatasetError, checkpoints.CheckpointError, towers.DeviceError,
-          frozen_models.ModelError) as error:
+          models.ModelError) as error:
     sys.exit(f'eval_flowers.py: {error}')
   except KeyboardInterrupt:
     sys.exit('eval_flowers.py: interrupted')

@@ -13,7 +13,7 @@ The network of "Xception: Deep Learning with Depthwise Separable Convolutions"
 Importing this module is enough to have a working tf-slim.
 """
 
-import slim_bridge  # noqa: F401, first: tf_slim does not import without it.
+import slim_bridge  # noqa: F401, before TensorFlow: see there
 
 import tensorflow.compat.v1 as tf
 import tf_slim as slim

@@ -13,8 +13,8 @@ sampled. `tf.image.resize` of TensorFlow 2 differs by up to 25/255.
 
 import collections
 
-import tensorflow.compat.v1 as tf
 from tensorflow.compat import v2 as tf2
+import tensorflow.compat.v1 as tf
 
 # Inception's distortions (TF-Slim, inception_preprocessing).
 MIN_OBJECT_COVERED = 0.1

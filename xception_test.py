@@ -4,11 +4,10 @@
 """
 
 import numpy as np
-
-import xception  # first: it makes tf_slim importable
-
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
+
+import xception  # first: it makes tf_slim importable
 
 # Output of every layer for a 299 x 299 image.
 END_POINT_SHAPES = {
@@ -241,7 +240,7 @@ class XceptionTest(tf.test.TestCase):
     labels = tf.placeholder(tf.int64, [16])
     global_step = tf.train.get_or_create_global_step()
     decay = xception.warmed_up_decay(0.99, global_step)
-    options = dict(num_classes=3, depth_multiplier=0.125, dropout_keep_prob=1.0)
+    options = {'num_classes': 3, 'depth_multiplier': 0.125, 'dropout_keep_prob': 1.0}
     training_logits, _ = build(images, is_training=True, batch_norm_decay=decay, **options)
     inference_logits, _ = build(images, is_training=False, reuse=True, **options)
     loss = tf.losses.sparse_softmax_cross_entropy(labels, training_logits)

@@ -17,13 +17,13 @@ import subprocess
 import sys
 import time
 
-import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+import slim_bridge  # noqa: F401, before TensorFlow: see there
 
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
-import cluster
-import towers
+from deployment import cluster
+from deployment import towers
 import xception
 
 PROJECT_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -81,7 +81,7 @@ def work():
 def measure(num_workers):
   """Returns the chief's results of one cluster."""
   sockets = [socket.create_server(('127.0.0.1', 0)) for _ in range(num_workers)]
-  addresses = ['127.0.0.1:%d' % each.getsockname()[1] for each in sockets]
+  addresses = [f'127.0.0.1:{each.getsockname()[1]}' for each in sockets]
   for each in sockets:
     each.close()
   processes = [subprocess.Popen(

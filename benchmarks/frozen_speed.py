@@ -12,16 +12,16 @@ import statistics
 import tempfile
 import time
 
-import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+import slim_bridge  # noqa: F401, before TensorFlow: see there
 
 import numpy as np
 import tensorflow.compat.v1 as tf
 
-import batch_norm_folding
 from benchmarks import network
-import frozen_models
-import graph_formats
-import write_pb
+from export import folding
+from export import formats
+from export import freeze
+from export import models
 
 IMAGE_SIZE, BATCH_SIZE = 299, 8
 CLASS_NAMES = ['daisy', 'dandelion', 'roses', 'sunflowers', 'tulips']
@@ -33,22 +33,22 @@ def main():
   args = parser.parse_args()
 
   plain = network.frozen_graph(IMAGE_SIZE)
-  folded = batch_norm_folding.fold(plain, 'output')
-  bfloat16 = graph_formats.to_bfloat16(folded)
-  models = {}
+  folded = folding.fold(plain, 'output')
+  bfloat16 = formats.to_bfloat16(folded)
+  predictors = {}
   with tempfile.TemporaryDirectory() as folder:
     for name, graph_def, precision in [
         ('float32, not folded', plain, 'float32'), ('float32, folded', folded, 'float32'),
         ('bfloat16 of classify_image, not folded', plain, 'bfloat16'),
         ('bfloat16 of classify_image, folded', folded, 'bfloat16'),
         ('bfloat16 of write_pb, folded', bfloat16, 'float32')]:
-      path = write_pb.write_drafts(graph_def, CLASS_NAMES, {'pb': 'model.pb'}, folder)['pb']
-      models[name] = frozen_models.load(path, precision).predict
+      path = freeze.write_drafts(graph_def, CLASS_NAMES, {'pb': 'model.pb'}, folder)['pb']
+      predictors[name] = models.load(path, precision).predict
   images = np.random.default_rng(0).uniform(
       -1, 1, [BATCH_SIZE, IMAGE_SIZE, IMAGE_SIZE, 3]).astype(np.float32)
   seconds = collections.defaultdict(list)
   for _ in range(args.rounds):
-    for name, run in models.items():
+    for name, run in predictors.items():
       run(images)  # those before have emptied the caches
       start = time.perf_counter()
       run(images)

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 
-import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+import slim_bridge  # noqa: F401, before TensorFlow: see there
 
 from PIL import Image
 import tensorflow.compat.v1 as tf
@@ -15,8 +15,8 @@ import tf_slim as slim
 from benchmarks import network
 from benchmarks import peers
 from benchmarks import rounds
-import flowers
-import towers
+from deployment import towers
+from records import flowers
 import xception_preprocessing
 
 IMAGE_SIZE = 299

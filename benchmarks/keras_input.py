@@ -1,6 +1,8 @@
 """Prints the images a second of Keras' image_dataset_from_directory with layers that distort."""
 
-import sys, time
+import sys
+import time
+
 import keras
 import tensorflow as tf
 

@@ -10,7 +10,7 @@ import re
 import matplotlib
 
 matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402, after the choice of a backend without a screen
+from matplotlib import pyplot as plt
 
 LINE = re.compile(r'^global step (\d+)/\d+: loss = ([\d.]+)', re.MULTILINE)
 

@@ -11,18 +11,18 @@ import os
 import resource
 import time
 
-import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+import slim_bridge  # noqa: F401, before TensorFlow: see there
 
 import numpy as np
 import tensorflow.compat.v1 as tf
 from tensorflow.python.framework import ops
 import tf_slim as slim
 
-import batch_norm_folding
-import flowers
-import precision as precisions
-import towers
-import train_flowers
+from deployment import precision as precisions
+from deployment import towers
+from export import folding
+from records import flowers
+from training import step as training_step
 import xception
 
 NUM_CLASSES = 5
@@ -83,7 +83,7 @@ def time_steps(step, num_steps):
 
 def build_training_step(batch_size, image_size, depth_multiplier, devices, precision,
                         real_images):
-  """Builds `train_flowers.build_train_step` with Adam in the default graph and returns it.
+  """Builds `training_step.build_train_step` with Adam in the default graph and returns it.
 
   Args:
     batch_size, image_size, depth_multiplier, devices, precision, real_images: as for
@@ -98,14 +98,14 @@ def build_training_step(batch_size, image_size, depth_multiplier, devices, preci
     positions = tf.range(batch_size, dtype=tf.int64)
     batch = images, positions % NUM_CLASSES, positions
   loss_fn = functools.partial(
-      train_flowers.tower_loss, num_classes=NUM_CLASSES, is_training=True,
+      training_step.tower_loss, num_classes=NUM_CLASSES, is_training=True,
       depth_multiplier=depth_multiplier, dropout_keep_prob=0.5, label_smoothing=0.0, seed=0)
   learning_rate = tf.constant(0.001)
   optimizer = tf.train.AdamOptimizer(learning_rate)
   if precision == 'float16':
     optimizer = precisions.scale_loss(optimizer)
   with slim.arg_scope(xception.xception_arg_scope()):
-    return train_flowers.build_train_step(
+    return training_step.build_train_step(
         *batch, loss_fn, optimizer, learning_rate, devices,
         tf.train.get_or_create_global_step())
 
@@ -172,7 +172,7 @@ def serialized_frozen_graph(image_size, depth_multiplier, fold):
   tf.enable_resource_variables()
   graph_def = frozen_graph(image_size, depth_multiplier)
   if fold:
-    graph_def = batch_norm_folding.fold(graph_def, 'output')
+    graph_def = folding.fold(graph_def, 'output')
   return graph_def.SerializeToString()
 
 

@@ -15,11 +15,12 @@ import os
 import sys
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image
+from PIL import ImageFilter
 import tensorflow.compat.v1 as tf
 
 from dataset import flower_shapes
-import flowers
+from records import flowers
 
 NUM_SHARDS = 2
 PNG_FRACTION = 0.04

@@ -205,7 +205,8 @@ def _draw_rose(pen, color, random):
     pen.polygon(turned(outline * [0.86, 0.82], angle), color * shade * 0.8)
     pen.polygon(turned(outline * [0.72, 0.66], angle), color * shade * 0.64)
   turn = np.linspace(0.4, 3.2 * 2 * np.pi, 70)
-  spiral = 0.011 * turn[:, None] * np.stack([np.cos(handedness * turn), np.sin(handedness * turn)], 1)
+  angle = handedness * turn
+  spiral = 0.011 * turn[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
   pen.line(spiral, color * 0.4, 0.022)
 
 
@@ -260,7 +261,8 @@ def _draw_stem(pen, random, leaf, width, bottom):
       blade = petal(random.uniform(1.6, 2.4), random.uniform(0.28, 0.42), 0.9)
       at = [bend * 0.4, bottom - 2.6]
       pen.polygon(turned(blade * 1.03, side * random.uniform(0.1, 0.5)) + at, color * 0.6)
-      pen.polygon(turned(blade, side * random.uniform(0.1, 0.5)) + at, color * random.uniform(0.8, 1.1))
+      pen.polygon(turned(blade, side * random.uniform(0.1, 0.5)) + at,
+                  color * random.uniform(0.8, 1.1))
     return
   for side in (-1, 1):
     length, breadth = {'narrow': (0.8, 0.2), 'jagged': (1.1, 0.36),

@@ -13,8 +13,7 @@ from unittest import mock
 from benchmarks import network
 from benchmarks import peers
 from benchmarks import rounds
-
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from scripts import PROJECT
 
 
 class BenchmarkTest(unittest.TestCase):

@@ -12,15 +12,9 @@ from PIL import Image
 import tensorflow.compat.v1 as tf
 
 import check_dataset
-import flowers
 from create_tfrecords_test import image_bytes
-
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def setUpModule():
-  tf.disable_v2_behavior()
-  tf.enable_resource_variables()
+from records import flowers
+from scripts import PROJECT
 
 
 class CheckDatasetTest(tf.test.TestCase):

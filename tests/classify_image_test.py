@@ -13,25 +13,20 @@ import tempfile
 from PIL import Image
 import tensorflow.compat.v1 as tf
 
-import checkpoints
 import classify_image
-import flowers
-import frozen_models
-import image_files
+from common import checkpoints
+from export import freeze
+from export import models
+from records import flowers
+from records import image_files
+from scripts import DATASET_DIR
+from scripts import PROJECT
 import small_model
-import write_pb
-
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def setUpModule():
-  tf.disable_v2_behavior()
-  tf.enable_resource_variables()
 
 
 def drawn_flowers(count):
   """The first validation images: their bytes."""
-  dataset = flowers.get_split('validation', small_model.DATASET_DIR)
+  dataset = flowers.get_split('validation', DATASET_DIR)
   return [tf.train.Example.FromString(dataset.records[i]).features.feature[
       'image/encoded'].bytes_list.value[0] for i in range(count)]
 
@@ -44,9 +39,9 @@ class ClassifyImageTest(tf.test.TestCase):
     cls.model_dir = tempfile.mkdtemp()
     cls.addClassCleanup(shutil.rmtree, cls.model_dir)
     checkpoint = small_model.write_checkpoint(cls.model_dir)
-    graph_def, predict, _ = write_pb.freeze(checkpoint, checkpoints.load_config(checkpoint))
+    graph_def, predict, _ = freeze.freeze(checkpoint, checkpoints.load_config(checkpoint))
     cls.predict = staticmethod(predict)
-    cls.pb = write_pb.write_drafts(graph_def, small_model.CLASS_NAMES, {'pb': 'model.pb'},
+    cls.pb = freeze.write_drafts(graph_def, small_model.CLASS_NAMES, {'pb': 'model.pb'},
                                    cls.model_dir)['pb']
 
   def setUp(self):
@@ -82,7 +77,7 @@ class ClassifyImageTest(tf.test.TestCase):
       path = self.dir / f'{i}.jpg'
       path.write_bytes(content)
       self.assertAllEqual(load(str(path)), expected[i])
-    model = frozen_models.load(self.pb)
+    model = models.load(self.pb)
     files = classify_image.find_files([str(self.dir)])
     results = list(classify_image.classify(model, files, batch_size=4, top_k=5))
     self.assertEqual([result.file for result in results], files)
@@ -102,7 +97,8 @@ class ClassifyImageTest(tf.test.TestCase):
     exif[image_files.EXIF_ORIENTATION] = 6
     kinds = [('JPEG', image, {}), ('JPEG', image.convert('L'), {}),
              ('JPEG', image.convert('CMYK'), {}), ('JPEG', image, {'exif': exif}),
-             ('PNG', image, {}), ('PNG', image.convert('RGBA'), {}), ('PNG', image.quantize(16), {}),
+             ('PNG', image, {}), ('PNG', image.convert('RGBA'), {}),
+             ('PNG', image.quantize(16), {}),
              ('GIF', image, {}), ('BMP', image, {}), ('WEBP', image, {}), ('TIFF', image, {})]
     convert, load = image_files.Converter(), classify_image.ImageLoader(small_model.IMAGE_SIZE)
     split = flowers.shard_name('validation', 0, 1)
@@ -128,7 +124,7 @@ class ClassifyImageTest(tf.test.TestCase):
     with open(self.dir / 'large.png', 'wb') as f:
       f.truncate(classify_image.MAX_FILE_BYTES + 1)
     names = ['good.jpg', 'cut.jpg', 'text.png', 'none.jpg', 'empty', 'large.png', 'good.jpg']
-    model = frozen_models.load(self.pb)
+    model = models.load(self.pb)
     for batch_size in (1, 3, 100):
       results = list(classify_image.classify(
           model, [str(self.dir / name) for name in names], batch_size, top_k=1))

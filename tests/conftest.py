@@ -1,6 +1,16 @@
-"""Lets the tests import the modules at the top of the project."""
+"""Prepares every test: TensorFlow 1's behavior, and no GPU."""
 
 import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+# CPUs compute the same everywhere, and a user may be training on the GPUs.
+os.environ.setdefault('CUDA_VISIBLE_DEVICES', '-1')
+
+import pytest
+import tensorflow.compat.v1 as tf
+
+
+@pytest.fixture(autouse=True, scope='session')
+def graph_mode():
+  """Switches TensorFlow 2's behavior off, as the scripts do."""
+  tf.disable_v2_behavior()
+  tf.enable_resource_variables()

@@ -18,17 +18,19 @@ from unittest import mock
 import h5py
 import numpy as np
 import tensorflow.compat.v1 as tf
+import tf_slim as slim
 
-import checkpoints
+from common import checkpoints
 import convert_keras_weights
 from create_tfrecords_test import image_bytes
 import eval_flowers
-import flowers
-from keras_equivalence_test import keras_process, patches, randomize
-import tf_slim as slim
+from keras_equivalence_test import keras_process
+from keras_equivalence_test import patches
+from keras_equivalence_test import randomize
+from records import flowers
+from scripts import PROJECT
 import xception
 
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZES = [(107, 139), (128, 128)]
 # Weights as Keras 2 wrote them, a whole model, and the two of Keras 3, of which the
 # last is slow to load.
@@ -327,8 +329,8 @@ class KerasToSlimTest(ConversionTestCase):
 
   def test_files_that_are_no_weights_of_xception(self):
     with open(self.save(5, 'xception.weights.h5'), 'rb') as f:
-      content = f.read()
-    for name, content in [('cut.weights.h5', content[:1_000_000]), ('keras_3.h5', content),
+      whole = f.read()
+    for name, content in [('cut.weights.h5', whole[:1_000_000]), ('keras_3.h5', whole),
                           ('empty.h5', b''), ('text.keras', b'text')]:
       with open(self.path(name), 'wb') as f:
         f.write(content)

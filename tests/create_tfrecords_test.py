@@ -16,15 +16,9 @@ import numpy as np
 from PIL import Image
 import tensorflow.compat.v1 as tf
 
-import create_tfrecords
-import flowers
-
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def setUpModule():
-  tf.disable_v2_behavior()
-  tf.enable_resource_variables()
+from records import creation
+from records import flowers
+from scripts import PROJECT
 
 
 def image_bytes(seed, image_format='JPEG'):
@@ -59,7 +53,7 @@ class CreateDatasetTest(tf.test.TestCase):
     """Makes the dataset; returns what was printed."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-      create_tfrecords.create_dataset(self.image_dir, self.dataset_dir, **kwargs)
+      creation.create_dataset(self.image_dir, self.dataset_dir, **kwargs)
     return output.getvalue()
 
   def features(self, split):
@@ -274,7 +268,7 @@ class CreateDatasetTest(tf.test.TestCase):
     self.write_classes(cat=6, dog=6)
     self.create()
     before = self.digests()
-    with mock.patch.object(create_tfrecords, 'write_labels', side_effect=KeyboardInterrupt):
+    with mock.patch.object(creation, 'write_labels', side_effect=KeyboardInterrupt):
       with self.assertRaises(KeyboardInterrupt):
         self.create(seed=5, overwrite=True)
     after = self.digests()

@@ -19,14 +19,8 @@ import tensorflow.compat.v1 as tf
 
 from create_tfrecords_test import image_bytes
 import download_flowers
-import flowers
-
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def setUpModule():
-  tf.disable_v2_behavior()
-  tf.enable_resource_variables()
+from records import flowers
+from scripts import PROJECT
 
 
 def make_archive(extra=()):

@@ -16,10 +16,10 @@ from sklearn.preprocessing import StandardScaler
 import tensorflow.compat.v1 as tf
 
 from dataset import draw_flowers
-import flowers
+from records import flowers
+from scripts import DATASET_DIR
+from scripts import PROJECT
 
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-DATASET_DIR = os.path.join(PROJECT, 'dataset')
 SIZES = {'train': 400, 'validation': 100}
 
 Record = collections.namedtuple('Record', ['encoded', 'format', 'label', 'height', 'width'])
@@ -54,7 +54,7 @@ class ShippedFlowersTest(tf.test.TestCase):
     for split, size in SIZES.items():
       self.assertLen(flowers.get_split(split, DATASET_DIR).data_sources, 2)
       counts = collections.Counter(record.label for record in self.records[split])
-      self.assertEqual(counts, {label: size // 5 for label in range(5)})
+      self.assertEqual(counts, dict.fromkeys(range(5), size // 5))
 
   def test_small_enough_to_ship(self):
     total = sum(os.path.getsize(os.path.join(DATASET_DIR, name))

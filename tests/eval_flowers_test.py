@@ -14,25 +14,19 @@ import numpy as np
 from sklearn import metrics as sklearn_metrics
 import tensorflow.compat.v1 as tf
 
-import checkpoint_writer
-import checkpoints
+from common import checkpoints
+from deployment import towers
 import eval_flowers
-import evaluation
-import frozen_models
+from evaluation import evaluator
+from evaluation import report
+from export import models
 import pipeline_test
-import report
+from scripts import DATASET_DIR
 import small_model
-import towers
 import write_pb
 
-DATASET_DIR = checkpoint_writer.DATASET_DIR
 FILES = ['metrics.json', 'predictions.csv', 'confusion_matrix.png', 'mistakes.png',
          'predictions.png']
-
-
-def setUpModule():
-  tf.disable_v2_behavior()
-  tf.enable_resource_variables()
 
 
 def evaluate(*args):
@@ -80,7 +74,7 @@ class EvalTestCase(tf.test.TestCase):
 class OnceTest(EvalTestCase):
 
   def test_files_agree_with_scikit_learn(self):
-    checkpoint = checkpoint_writer.save(self.log_dir, 3)
+    checkpoint = small_model.write_checkpoint(self.log_dir, 3, is_fitted=False)
     output = evaluate('--log_dir', self.log_dir)
     header, rows = self.read_predictions()
     self.assertEqual(header, ['record', 'label', 'prediction', '0:daisy', '1:dandelion', '2:roses',
@@ -131,11 +125,11 @@ class OnceTest(EvalTestCase):
 
   def test_which_weights(self):
     self.without_pictures()
-    newest_but_one = checkpoint_writer.save(self.log_dir, 1)
-    newest = checkpoint_writer.save(self.log_dir, 2, with_averages=True)
+    newest_but_one = small_model.write_checkpoint(self.log_dir, 1, is_fitted=False)
+    newest = small_model.write_checkpoint(self.log_dir, 2, with_averages=True, is_fitted=False)
     best_dir = os.path.join(self.log_dir, 'best')
     os.mkdir(best_dir)
-    best = checkpoint_writer.save(best_dir, 7)
+    best = small_model.write_checkpoint(best_dir, 7, is_fitted=False)
     for args, checkpoint, said, uses_averages in [
         ([], newest, f'the newest of {self.log_dir}', True),
         (['--checkpoint_path', newest_but_one], newest_but_one, 'as named', False),
@@ -149,7 +143,7 @@ class OnceTest(EvalTestCase):
 
   def test_clones_change_nothing(self):
     self.without_pictures()
-    checkpoint_writer.save(self.log_dir, 1)
+    small_model.write_checkpoint(self.log_dir, 1, is_fitted=False)
     self.assertIn('on /cpu:0\n', evaluate('--log_dir', self.log_dir, '--batch_size', '30'))
     expected, (_, expected_rows) = self.read_metrics(), self.read_predictions()
     output = evaluate('--log_dir', self.log_dir, '--batch_size', '30', '--num_clones', '3')
@@ -158,10 +152,11 @@ class OnceTest(EvalTestCase):
     self.assertAllEqual(self.read_predictions()[1], expected_rows)
 
   def test_mistakes(self):
-    checkpoint_writer.save(self.log_dir, 1)
+    small_model.write_checkpoint(self.log_dir, 1, is_fitted=False)
     for error, message, args in [
         (checkpoints.CheckpointError, 'has no averages of the weights', ['--use_averages', 'yes']),
-        (checkpoints.CheckpointError, 'No checkpoint in nowhere', ['--checkpoint_path', 'nowhere'])]:
+        (checkpoints.CheckpointError, 'No checkpoint in nowhere',
+         ['--checkpoint_path', 'nowhere'])]:
       with self.assertRaisesRegex(error, message):
         evaluate('--log_dir', self.log_dir, *args)
     with self.assertRaisesRegex(towers.DeviceError, '--num_clones 99 needs 99 GPUs'):
@@ -194,7 +189,7 @@ class GraphTest(EvalTestCase):
       self.assertEqual(found['confusion_matrix'], expected['confusion_matrix'])
       self.assertEqual((found['graph'], found['global_step']), (path, small_model.GLOBAL_STEP))
 
-    with self.assertRaisesRegex(frozen_models.ModelError, 'model_jpeg.pb decodes images itself'):
+    with self.assertRaisesRegex(models.ModelError, 'model_jpeg.pb decodes images itself'):
       self.evaluate_graph(os.path.join(self.dir, 'model_jpeg.pb'))
     with open(os.path.join(self.dir, 'labels.txt'), 'w') as f:
       f.writelines(f'{i}:{name}\n' for i, name in enumerate('abcde'))
@@ -233,7 +228,7 @@ class WatchTest(EvalTestCase):
 
   def save_all(self, *steps):
     """Writes checkpoints that the folder's state names; returns their paths."""
-    paths = [checkpoint_writer.save(self.log_dir, step) for step in steps]
+    paths = [small_model.write_checkpoint(self.log_dir, step, is_fitted=False) for step in steps]
     tf.train.update_checkpoint_state(self.log_dir, paths[-1], paths)
     return paths
 
@@ -290,14 +285,14 @@ class WatchTest(EvalTestCase):
   def test_deleted_checkpoints(self):
     before, during, last = self.save_all(1, 2, 3)
     self.delete(before)
-    restore = evaluation.Evaluator._restore
+    restore = evaluator.Evaluator._restore
 
     def delete_and_restore(evaluator, checkpoint, use_averages):
       if checkpoint == during:
         self.delete(checkpoint)
       return restore(evaluator, checkpoint, use_averages)
 
-    with mock.patch.object(evaluation.Evaluator, '_restore', delete_and_restore):
+    with mock.patch.object(evaluator.Evaluator, '_restore', delete_and_restore):
       output = self.watch().splitlines()
     self.assertEqual(output[1], f'{before} was deleted before it was evaluated')
     self.assertEqual(output[2], f'{during} was deleted before it was evaluated')

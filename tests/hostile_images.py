@@ -21,14 +21,14 @@ import zlib
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+import slim_bridge  # noqa: F401, before TensorFlow: see there
 
 import numpy as np
 from PIL import Image
 import tensorflow.compat.v1 as tf
 
 import classify_image
-import frozen_models
+from export import models
 
 FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'WEBP', 'TIFF', 'PPM')
 MAX_GROWTH = 100e6  # bytes
@@ -130,7 +130,7 @@ def main():
   args = parser.parse_args()
   warnings.simplefilter('ignore')  # Pillow's, of damaged metadata
 
-  model = frozen_models.load(args.graph)
+  model = models.load(args.graph)
   peaks = []
   for _ in range(2):
     num_classified, num_refused, largest_peak = feed(

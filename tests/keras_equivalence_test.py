@@ -9,18 +9,13 @@ import multiprocessing
 
 import numpy as np
 import tensorflow.compat.v1 as tf
+import tf_slim as slim
 
 import convert_keras_weights
-import tf_slim as slim
 import xception
 
 NUM_CLASSES = 10
 HEIGHT, WIDTH = 107, 139  # odd and even sizes follow each other down the network
-
-
-def setUpModule():
-  tf.disable_v2_behavior()
-  tf.enable_resource_variables()
 
 
 def keras_process():

@@ -9,9 +9,10 @@ from unittest import mock
 import tensorflow.compat.v1 as tf
 import yaml
 
-import cluster
+from deployment import cluster
+from scripts import PROJECT
 
-MANIFESTS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'manifests')
+MANIFESTS = os.path.join(PROJECT, 'manifests')
 
 
 def path(name):

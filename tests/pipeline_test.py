@@ -16,36 +16,18 @@ import numpy as np
 from PIL import Image
 import tensorflow.compat.v1 as tf
 
-import checkpoints
-import flowers
-import frozen_models
+from common import checkpoints
+from export import models
+from records import flowers
+from scripts import DATASET_DIR
+from scripts import run
+from scripts import start
 
-PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-DATASET_DIR = os.path.join(PROJECT, 'dataset')
 # A small network that learns nothing in a few steps, the same in every run.
 TRAIN = ['train_flowers.py', '--dataset_dir', DATASET_DIR, '--image_size', '71',
          '--depth_multiplier', '0.125', '--batch_size', '8', '--clone_on_cpu', '--seed', '1',
          '--learning_rate_decay_type', 'fixed', '--dropout_keep_prob', '1',
          '--log_every_n_steps', '1']
-
-
-def setUpModule():
-  tf.disable_v2_behavior()
-  tf.enable_resource_variables()
-
-
-def start(*args, cwd=PROJECT):
-  """Starts a script of the project; its output is one stream of text."""
-  command = [sys.executable, os.path.join(PROJECT, args[0]), *args[1:]]
-  return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True)
-
-
-def run(*args, cwd=PROJECT):
-  """Runs a script to its end; returns its exit code and what it printed."""
-  process = start(*args, cwd=cwd)
-  output, _ = process.communicate(timeout=300)
-  return process.returncode, output
 
 
 def last_line(output):
@@ -204,7 +186,7 @@ class PipelineTest(ScriptTestCase):
     with tf.Graph().as_default(), tf.Session() as session:
       images, labels = session.run(flowers.load_batch(
           flowers.get_split('validation', DATASET_DIR), 100, 71, 71, is_training=False))
-    probabilities = frozen_models.load(pb).predict(images)
+    probabilities = models.load(pb).predict(images)
     self.assertAllClose(probabilities.sum(1), np.ones(100))
     self.assertEqual((probabilities.argmax(1) == labels).sum(), metrics['num_correct'])
     self.assertAllClose(-np.log(probabilities[range(100), labels]).mean(), metrics['loss'],
@@ -395,7 +377,8 @@ class RecipeTest(ScriptTestCase):
     self.assertIn(f'--checkpoint_path {self.log_dir} is NOT used, because {tuned_dir} already '
                   'holds step 2', output)
     self.assertEndsWithMessage(run(*TRAIN, '--log_dir', tuned_dir, '--optimizer', 'sgd'),
-                               'model.ckpt-3 lacks 156 variables that this run needs, the first is Xception')
+                               'model.ckpt-3 lacks 156 variables that this run needs, '
+                                'the first is Xception')
 
   def test_bfloat16_traces_and_histograms(self):
     returncode, output = run(

@@ -1,19 +1,21 @@
-"""A small Xception with a checkpoint, for the tests of what is made of one."""
+"""Writes checkpoints of a small Xception as training does, without the time training takes."""
 
+import functools
 import os
 
 import numpy as np
 import tensorflow.compat.v1 as tf
-
-import checkpoints
-import flowers
 import tf_slim as slim
+
+from common import checkpoints
+from records import flowers
+from scripts import DATASET_DIR
 import xception
 
-DATASET_DIR = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'dataset')
 IMAGE_SIZE = 71
 GLOBAL_STEP = 7
 CLASS_NAMES = ['daisy', 'dandelion', 'roses', 'sunflowers', 'tulips']
+CONFIG = checkpoints.ModelConfig(CLASS_NAMES, IMAGE_SIZE, depth_multiplier=0.125, seed=1)
 
 
 def validation_images():
@@ -24,24 +26,58 @@ def validation_images():
         is_training=False))
 
 
-def write_checkpoint(folder, with_averages=False):
-  """Writes a checkpoint that is sure about the validation images; returns its path.
+def write_checkpoint(folder, step=GLOBAL_STEP, with_averages=False, is_fitted=True):
+  """Writes a checkpoint and the configuration beside it.
 
-  Random layers, and logits fitted to their features: nobody has to wait for
-  training. No batch norm is neutral, so that a fold that leaves one of its
-  numbers out shows. The averages know the labels, the weights themselves are
-  negated.
+  The layers are random. No batch norm is neutral, so that a fold that leaves out
+  one of its numbers shows.
+
+  Args:
+    folder: where to write.
+    step: the checkpoint's global step.
+    with_averages: stores Polyak averages too; the weights of the logits are then
+      the negative of their averages.
+    is_fitted: True fits the logits to the validation images, so that the network
+      is sure about them; False draws them, others for each step.
+
+  Returns:
+    The checkpoint's path.
   """
+  session, averages, fitted = _network()
+  with session.graph.as_default():
+    logits = {variable.op.name.split('/')[-1]: variable
+              for variable in slim.get_model_variables('Xception/Logits')}
+    weights, biases = fitted if is_fitted else (
+        np.random.default_rng(step).normal(0.0, 0.3, fitted[0].shape), np.zeros_like(fitted[1]))
+    averages[logits['weights']].load(weights, session)
+    averages[logits['biases']].load(biases, session)
+    logits['weights'].load(-weights if with_averages else weights, session)
+    logits['biases'].load(biases, session)
+    tf.train.get_global_step().load(step, session)
+    variables = set(tf.global_variables())
+    if not with_averages:
+      variables.difference_update(averages.values())
+    checkpoints.save_config(CONFIG, folder)
+    return tf.train.Saver(list(variables)).save(
+        session, os.path.join(folder, 'model.ckpt'), step, write_meta_graph=False)
+
+
+@functools.cache
+def _network():
+  """Returns a session, {variable: its average}, and fitted weights and biases of the logits."""
   images, labels = validation_images()
-  with tf.Graph().as_default(), tf.Session() as session:
+  with tf.Graph().as_default():
     tf.set_random_seed(1)
+    tf.train.get_or_create_global_step()
     with slim.arg_scope(xception.xception_arg_scope(batch_norm_decay=0.0)):
-      _, end_points = xception.xception(tf.constant(images), len(CLASS_NAMES),
-                                        dropout_keep_prob=1.0, depth_multiplier=0.125)
+      _, end_points = xception.xception(
+          tf.constant(images), CONFIG.num_classes, dropout_keep_prob=1.0,
+          depth_multiplier=CONFIG.depth_multiplier)
     variables = slim.get_model_variables()
-    global_step = tf.train.get_or_create_global_step()
+    moving = tf.train.ExponentialMovingAverage(0.0)
+    average = moving.apply(variables)
+    session = tf.Session()
     session.run(tf.global_variables_initializer())
-    global_step.load(GLOBAL_STEP, session)
     random = np.random.default_rng(1)
     for variable in variables:
       if variable.op.name.endswith('gamma'):
@@ -50,20 +86,10 @@ def write_checkpoint(folder, with_averages=False):
         variable.load(random.normal(0.0, 0.3, variable.shape), session)
     features, _ = session.run([end_points['block15_avg_pool'],
                                tf.get_collection(tf.GraphKeys.UPDATE_OPS)])
+    session.run(average)
     weights, biases = _fit(features.reshape([len(labels), -1]), labels)
-    logits = {variable.op.name.split('/')[-1]: variable
-              for variable in slim.get_model_variables('Xception/Logits')}
-    logits['weights'].load(weights[np.newaxis, np.newaxis], session)
-    logits['biases'].load(biases, session)
-    if with_averages:
-      averages = tf.train.ExponentialMovingAverage(0.5)
-      averages.apply(variables)
-      session.run(tf.variables_initializer([averages.average(v) for v in variables]))
-      logits['weights'].load(-weights[np.newaxis, np.newaxis], session)
-    path = tf.train.Saver().save(session, os.path.join(folder, 'model.ckpt'), global_step=GLOBAL_STEP,
-                                 write_meta_graph=False)
-  checkpoints.save_config(checkpoints.ModelConfig(CLASS_NAMES, IMAGE_SIZE, 0.125, 1), folder)
-  return path
+    return (session, {variable: moving.average(variable) for variable in variables},
+            (weights[np.newaxis, np.newaxis], biases))
 
 
 def _fit(features, labels):

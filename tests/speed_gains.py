@@ -10,7 +10,7 @@ import time
 import unittest
 from unittest import mock
 
-import slim_bridge  # noqa: F401, first: it also silences what TensorFlow says at import.
+import slim_bridge  # noqa: F401, before TensorFlow: see there
 
 import tensorflow.compat.v1 as tf
 
@@ -18,10 +18,10 @@ from benchmarks import input_pipeline
 from benchmarks import network
 from benchmarks import peers
 from benchmarks import rounds
-import fast_kernels
-import fast_operations
-import precision
-import towers
+from cpu_kernels import build
+from cpu_kernels import operations
+from deployment import precision
+from deployment import towers
 
 IMAGE_SIZE, BATCH_SIZE, NUM_STEPS, NUM_ROUNDS = 299, 8, 5, 3
 NUM_TRAINING_STEPS = 16  # each, in turns: the gains are a few hundredths
@@ -34,11 +34,6 @@ PEER_BOUNDS = {
     ('inference', 'float32', 'timm, torch.compile'): 1.15,
     ('inference', 'bfloat16', 'timm, torch.compile'): 1.05,
 }
-
-
-def setUpModule():
-  tf.disable_v2_behavior()
-  tf.enable_resource_variables()
 
 
 def training_seconds(precision_name='float32'):
@@ -78,25 +73,25 @@ class GainsTest(unittest.TestCase):
     self.check(seconds['slower'] / seconds['faster'], at_least)
 
   def test_gradients_by_matrix_products(self):
-    with mock.patch.object(fast_operations, 'CONV2D_GRADIENT', 'Conv2D'):  # TensorFlow's own
+    with mock.patch.object(operations, 'CONV2D_GRADIENT', 'Conv2D'):  # TensorFlow's own
       slims = training_seconds()
     self.compare_steps(training_seconds(), slims, 1.02)
 
   def test_kernels(self):
     self.skip_without_kernels()
-    with mock.patch.object(fast_kernels, 'load', lambda: None):
+    with mock.patch.object(build, 'load', lambda: None):
       tensorflows = training_seconds()
     self.compare_steps(training_seconds(), tensorflows, 1.04)
 
   def test_kernels_in_bfloat16(self):
     self.skip_without_kernels()
     self.skip_without_bfloat16()
-    with mock.patch.object(fast_kernels, 'load', lambda: None):
+    with mock.patch.object(build, 'load', lambda: None):
       tensorflows = training_seconds('bfloat16')
     self.compare_steps(training_seconds('bfloat16'), tensorflows, 1.17)
 
   def skip_without_kernels(self):
-    if fast_kernels.load() is None:
+    if build.load() is None:
       self.skipTest('there is no C++ compiler')
 
   def skip_without_bfloat16(self):
@@ -107,7 +102,7 @@ class GainsTest(unittest.TestCase):
 
   def test_float32_operations_in_bfloat16_training(self):
     self.skip_without_bfloat16()
-    with mock.patch.object(fast_kernels, 'load', lambda: None):  # which needs none of it
+    with mock.patch.object(build, 'load', lambda: None):  # which needs none of it
       ours = training_seconds('bfloat16')
       with mock.patch.object(precision, 'FLOAT32_OPERATIONS', ()):
         grapplers = training_seconds('bfloat16')

@@ -16,6 +16,7 @@ import unittest
 from playwright import sync_api as playwright
 
 import pipeline_test
+from scripts import DATASET_DIR
 
 BROWSERS = ['chromium', 'chromium-browser', 'google-chrome']
 SCALARS = ['accuracy', 'images_per_second', 'learning_rate', 'losses/cross_entropy',
@@ -30,7 +31,7 @@ def train_and_evaluate(log_dir):
   for command in (
       [*pipeline_test.TRAIN, '--log_dir', log_dir, '--max_number_of_steps', '6',
        '--save_interval_steps', '3', '--save_summaries_secs', '0.001'],
-      ['eval_flowers.py', '--dataset_dir', pipeline_test.DATASET_DIR, '--log_dir', log_dir,
+      ['eval_flowers.py', '--dataset_dir', DATASET_DIR, '--log_dir', log_dir,
        '--watch', '--max_number_of_steps', '6', '--eval_on_cpu']):
     returncode, output = pipeline_test.run(*command)
     if returncode:

@@ -13,12 +13,14 @@ from unittest import mock
 import numpy as np
 import tensorflow.compat.v1 as tf
 
-import batch_norm_folding
-import checkpoints
-import flowers
-import frozen_comparison
-import frozen_models
-import graph_formats
+from common import checkpoints
+from export import comparison
+from export import folding
+from export import formats
+from export import freeze
+from export import models
+from records import flowers
+from scripts import DATASET_DIR
 import small_model
 import write_pb
 
@@ -27,11 +29,6 @@ ROW = re.compile(r'^(\w+) +([\d,]+) +(\S+) +(\S+)% +(\S+)$', re.MULTILINE)
 FORMATS = 'pb,saved_model,tflite,tflite_float16,tflite_int8,jpeg_pb'
 FILES = {'model.pb', 'model_saved_model', 'model.tflite', 'model_float16.tflite',
          'model_int8.tflite', 'model_jpeg.pb'}
-
-
-def setUpModule():
-  tf.disable_v2_behavior()
-  tf.enable_resource_variables()
 
 
 def read_graph(path):
@@ -60,7 +57,7 @@ class WritePbTest(tf.test.TestCase):
     with contextlib.redirect_stdout(output):
       write_pb.main(write_pb.parse_args([
           '--log_dir', log_dir or self.log_dir, '--output_file', self.pb,
-          '--dataset_dir', small_model.DATASET_DIR, *options]))
+          '--dataset_dir', DATASET_DIR, *options]))
     return output.getvalue()
 
   def model_file(self):
@@ -71,12 +68,12 @@ class WritePbTest(tf.test.TestCase):
     output = self.write('--formats', FORMATS)
     self.assertCountEqual(os.listdir(self.dir), [*FILES, 'labels.txt', 'model.json'])
     self.assertEqual(flowers.read_labels(self.dir), small_model.CLASS_NAMES)
-    self.assertIn(f'100 validation images of {small_model.DATASET_DIR}', output)
+    self.assertIn(f'100 validation images of {DATASET_DIR}', output)
     rows = {name: (int(size.replace(',', '')), float(difference), float(agreement))
             for name, size, difference, agreement, _ in ROW.findall(output)}
     self.assertEqual(list(rows), FORMATS.split(','))
     for name, (size, difference, agreement) in rows.items():
-      self.assertLessEqual(difference, graph_formats.FORMATS[name].bound)
+      self.assertLessEqual(difference, formats.FORMATS[name].bound)
       self.assertGreaterEqual(agreement, 99)
       self.assertGreater(size, 100_000)
     self.assertLess(rows['pb'][1], 1e-5)
@@ -101,8 +98,8 @@ class WritePbTest(tf.test.TestCase):
 
   def test_both_signatures_of_the_saved_model(self):
     self.write('--noverify', '--formats', 'pb,saved_model')
-    images = frozen_comparison.find_images(small_model.DATASET_DIR, 'flowers', 71)
-    expected = frozen_models.load(self.pb).predict(images.preprocessed)
+    images = comparison.find_images(DATASET_DIR, 'flowers', 71)
+    expected = models.load(self.pb).predict(images.preprocessed)
     with tf.Graph().as_default(), tf.Session() as session:
       signatures = tf.saved_model.load(
           session, ['serve'], os.path.join(self.dir, 'model_saved_model')).signature_def
@@ -114,9 +111,9 @@ class WritePbTest(tf.test.TestCase):
 
   def test_folded_or_not(self):
     self.write('--noverify')
-    self.assertEqual(batch_norm_folding.num_norms(read_graph(self.pb)), 0)
+    self.assertEqual(folding.num_norms(read_graph(self.pb)), 0)
     self.write('--nofold')
-    self.assertEqual(batch_norm_folding.num_norms(read_graph(self.pb)), 40)
+    self.assertEqual(folding.num_norms(read_graph(self.pb)), 40)
     self.assertFalse(self.model_file()['folded'])
 
   def test_bfloat16(self):
@@ -129,7 +126,7 @@ class WritePbTest(tf.test.TestCase):
                      tf.bfloat16.as_datatype_enum)
     self.assertEqual(types['Xception/Logits/Conv2D'], tf.float32.as_datatype_enum)
     for _, _, difference, _, _ in ROW.findall(output):
-      self.assertBetween(float(difference), 1e-5, graph_formats.BFLOAT16_BOUND)
+      self.assertBetween(float(difference), 1e-5, formats.BFLOAT16_BOUND)
     for options, message in [(['--formats', 'pb,tflite,onnx'], '--formats tflite,onnx'),
                              (['--nofold'], '--nofold')]:
       with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as errors:
@@ -141,12 +138,12 @@ class WritePbTest(tf.test.TestCase):
       small_model.write_checkpoint(log_dir, with_averages=True)
       self.assertIn('averaged weights', self.write('--noverify', log_dir=log_dir))
       images, labels = small_model.validation_images()
-      probabilities = frozen_models.load(self.pb).predict(images)
+      probabilities = models.load(self.pb).predict(images)
       self.assertAllEqual(probabilities.argmax(1), labels)
       self.assertTrue(self.model_file()['averaged_weights'])
       self.assertNotIn('averaged weights', self.write('--noverify', '--use_averages', 'no',
                                                       log_dir=log_dir))
-      probabilities = frozen_models.load(self.pb).predict(images)
+      probabilities = models.load(self.pb).predict(images)
       self.assertLess((probabilities.argmax(1) == labels).mean(), 0.5)
     with self.assertRaisesRegex(checkpoints.CheckpointError, 'has no averages'):
       self.write('--use_averages', 'yes')
@@ -176,16 +173,16 @@ class WritePbTest(tf.test.TestCase):
       with open(os.path.join(self.dir, name), 'w') as f:
         f.write('0:daisy\n1:dandelion\n2:roses\n3:sunflowers\n4:tulips\n')
     before = sorted(os.listdir(self.dir))
-    real = graph_formats.FORMATS['tflite_float16']
+    real = formats.FORMATS['tflite_float16']
     for bound, predict in [(1e-6, None), (1.0, lambda batch: np.eye(5)[[4] * len(batch)]),
                            (1.0, lambda batch: np.full([len(batch), 5], np.nan))]:
       with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(graph_formats.FORMATS, {
+        stack.enter_context(mock.patch.dict(formats.FORMATS, {
             'tflite_float16': real._replace(bound=bound)}))
         if predict:
-          stack.enter_context(mock.patch.object(frozen_models, 'load', return_value=(
-              frozen_models.FrozenModel(small_model.CLASS_NAMES, 71, {}, predict))))
-        with self.assertRaisesRegex(write_pb.FreezeError, 'Nothing was written, .*tflite_float16'):
+          stack.enter_context(mock.patch.object(models, 'load', return_value=(
+              models.FrozenModel(small_model.CLASS_NAMES, 71, {}, predict))))
+        with self.assertRaisesRegex(freeze.FreezeError, 'Nothing was written, .*tflite_float16'):
           self.write('--formats', 'tflite_float16')
       self.assertEqual(sorted(os.listdir(self.dir)), before)
       with open(self.pb) as f:
@@ -199,22 +196,22 @@ class WritePbTest(tf.test.TestCase):
     self.write('--noverify', '--formats', 'saved_model')
     self.assertCountEqual(os.listdir(folder), ['saved_model.pb', 'variables'])
     os.remove(os.path.join(folder, 'saved_model.pb'))
-    with self.assertRaisesRegex(write_pb.FreezeError, 'exists and is no SavedModel'):
+    with self.assertRaisesRegex(freeze.FreezeError, 'exists and is no SavedModel'):
       self.write('--noverify', '--formats', 'saved_model')
 
   def test_mistakes(self):
     with open(os.path.join(self.dir, 'labels.txt'), 'w') as f:
       f.write('0:cat\n1:dog\n')
-    with self.assertRaisesRegex(write_pb.FreezeError, 'names other classes than the checkpoint'):
+    with self.assertRaisesRegex(freeze.FreezeError, 'names other classes than the checkpoint'):
       self.write()
     self.assertCountEqual(os.listdir(self.dir), ['labels.txt'])
-    with self.assertRaisesRegex(write_pb.FreezeError, 'none/x.pb: there is no folder none'):
+    with self.assertRaisesRegex(freeze.FreezeError, 'none/x.pb: there is no folder none'):
       self.write('--output_file', 'none/x.pb')
     with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as errors:
       self.write('--formats', 'pb,caffe')
     self.assertIn('must be of pb,saved_model,', errors.getvalue())
     with mock.patch.dict('sys.modules', {'tf2onnx': None}):
-      with self.assertRaisesRegex(graph_formats.FormatError, 'pip install tf2onnx onnxruntime'):
+      with self.assertRaisesRegex(formats.FormatError, 'pip install tf2onnx onnxruntime'):
         self.write('--formats', 'onnx')
 
 

@@ -18,11 +18,6 @@ import xception_preprocessing
 NUM_DRAWS = 3000
 
 
-def setUpModule():
-  tf.disable_v2_behavior()
-  tf.enable_resource_variables()
-
-
 def photo(height=120, width=160, seed=0):
   """A smooth uint8 image with every colour in it."""
   random = np.random.default_rng(seed)
@@ -61,9 +56,9 @@ def shift_color(image, name, amount):
 
 
 def recorded_draws(ordering, flip, **changes):
-  draws = dict(begin=[11, 23, 0], size=[83, 61, -1], box=np.zeros([1, 1, 4], np.float32),
-               resize_method=0, flip=flip, color_ordering=ordering, brightness=0.0,
-               saturation=1.0, contrast=1.0, hue=0.0)
+  draws = {'begin': [11, 23, 0], 'size': [83, 61, -1], 'box': np.zeros([1, 1, 4], np.float32),
+               'resize_method': 0, 'flip': flip, 'color_ordering': ordering, 'brightness': 0.0,
+               'saturation': 1.0, 'contrast': 1.0, 'hue': 0.0}
   draws.update(changes)
   return xception_preprocessing.Distortion(**draws)
 
@@ -128,7 +123,7 @@ class PreprocessingTest(tf.test.TestCase):
   def test_resize_methods_of_full_mode(self):
     image = photo(142, 160) / np.float32(255)
     # Twice as many rows and columns: nearest takes every second, area means.
-    draws = dict(begin=[0, 0, 0], size=[142, 160, -1])
+    draws = {'begin': [0, 0, 0], 'size': [142, 160, -1]}
     outputs = [self.run_graph(lambda: xception_preprocessing.apply_distortion(
         tf.constant(image), recorded_draws(0, False, resize_method=method, **draws), 71, 80,
         fast_mode=False)) / 2 + 0.5 for method in range(4)]
@@ -198,8 +193,8 @@ class FastPathTest(tf.test.TestCase):
     files = []
     for pixels in images:
       image = Image.fromarray(pixels)
-      for options in (dict(subsampling=0), dict(subsampling=1), dict(subsampling=2),
-                      dict(progressive=True)):
+      for options in ({'subsampling': 0}, {'subsampling': 1}, {'subsampling': 2},
+                      {'progressive': True}):
         files.append(encode(image, 'JPEG', quality=90, **options))
       files += [encode(image.convert('L'), 'JPEG'), encode(image, 'PNG')]
     with tf.Graph().as_default(), tf.Session() as session:

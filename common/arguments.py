@@ -1,0 +1,68 @@
+"""Types and formatting of command-line options, shared by all scripts.
+
+A wrong value ends a script the way argparse does: with the option, the value
+and the allowed range, before anything is built.
+"""
+
+import argparse
+import shlex
+
+import tensorflow.compat.v1 as tf
+
+import xception
+
+
+def checked_number(number_type, is_allowed, allowed):
+  """Returns an argparse type that accepts numbers in a range.
+
+  Args:
+    number_type: int or float.
+    is_allowed: predicate of a number; must be False for NaN.
+    allowed: description of the range, for the error message.
+  """
+  def parse(text):
+    try:
+      value = number_type(text)
+    except ValueError:
+      value = None
+    if value is None or not is_allowed(value):
+      kind = 'a whole number' if number_type is int else 'a number'
+      raise argparse.ArgumentTypeError(f'must be {kind} {allowed}, got {text}')
+    return value
+  return parse
+
+
+positive_int = checked_number(int, lambda value: value > 0, 'greater than 0')
+non_negative_int = checked_number(int, lambda value: value >= 0, 'of 0 or more')
+positive_float = checked_number(float, lambda value: 0 < value < float('inf'), 'greater than 0')
+non_negative_float = checked_number(float, lambda value: 0 <= value < float('inf'), 'of 0 or more')
+fraction = checked_number(float, lambda value: 0 <= value < 1, 'of 0 or more and less than 1')
+keep_prob = checked_number(float, lambda value: 0 < value <= 1, 'greater than 0 and at most 1')
+image_size = checked_number(int, lambda value: value >= xception.MIN_IMAGE_SIZE,
+                    f'of {xception.MIN_IMAGE_SIZE} or more')
+num_threads = checked_number(int, lambda value: value > 0 or value == tf.data.AUTOTUNE,
+                     f'greater than 0, or {tf.data.AUTOTUNE}')
+
+
+def scopes(text):
+  """The argparse type of a comma-separated list of variable scopes; returns a tuple."""
+  return tuple(scope.strip() for scope in text.split(',') if scope.strip())
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+  """Appends the default to an option's help text, where it has one."""
+
+  def _get_help_string(self, action):
+    if action.default is None or action.default is False:
+      return action.help
+    return super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+  """Also reads options from files: `@FILE` stands for the options in FILE; # starts a comment."""
+
+  def __init__(self, **kwargs):
+    super().__init__(fromfile_prefix_chars='@', formatter_class=HelpFormatter, **kwargs)
+
+  def convert_arg_line_to_args(self, arg_line):
+    return shlex.split(arg_line, comments=True)

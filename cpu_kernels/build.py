@@ -1,0 +1,139 @@
+"""Compiles and loads `kernels.cc`, operations that make training on CPUs faster.
+
+  kernels = build.load()
+
+Compilation takes about ten seconds on first use and needs a C++ compiler; the library
+is kept in `build/`. Without a compiler, training uses TensorFlow's own operations,
+which give the same numbers to rounding.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import tensorflow.compat.v1 as tf
+
+from common import files
+
+SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'kernels.cc')
+BUILD_DIR = os.path.join(files.PROJECT_DIR, 'build')
+COMPILERS = ('c++', 'g++', 'clang++')
+# Nothing here reads errno or floating-point exceptions, and vectors need them gone.
+FLAGS = ('-O3', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-shared', '-fPIC')
+TIMEOUT_SECS = 300
+
+# The operations, all of whose images may be bfloat16.
+OPERATIONS = ('XceptionBatchNorm', 'XceptionBatchNormGrad', 'XceptionBatchNormDepthwise',
+              'XceptionBatchNormDepthwiseGrad', 'XceptionDepthwise', 'XceptionDepthwiseGrad')
+
+
+class BuildError(Exception):
+  """The operations cannot be compiled or loaded; the message says why."""
+
+
+@functools.cache
+def load():
+  """Returns the module of the operations, or None where there are none.
+
+  Then standard error says so, once in a process, with the reason.
+  """
+  try:
+    path = build_library(BUILD_DIR)
+    try:
+      return tf.load_op_library(path)
+    except tf.errors.OpError as error:
+      raise BuildError(f'{path} cannot be loaded: {error.message} Delete it to have it compiled '
+                       'again') from error
+  except BuildError as error:
+    print(f'Training continues without {os.path.basename(SOURCE)}, more slowly: {error}',
+          file=sys.stderr)
+    return None
+
+
+def build_library(folder):
+  """Compiles the operations, unless the folder has them for this machine.
+
+  Args:
+    folder: where the library is kept; made if missing.
+
+  Returns:
+    The library's path. Its name tells source, TensorFlow, C library and processor
+    apart: the folder may be shared by machines that differ.
+
+  Raises:
+    BuildError: there is no compiler, it failed, or the folder cannot be written.
+  """
+  with open(SOURCE, 'rb') as f:
+    fingerprint = hashlib.sha256(f.read())
+  for text in (tf.version.VERSION, tf.version.GIT_VERSION, *FLAGS, *platform.libc_ver(),
+               platform.machine(), _processor()):
+    fingerprint.update(text.encode() + b'\n')
+  path = os.path.join(folder, f'kernels-{fingerprint.hexdigest()[:16]}.so')
+  if os.path.exists(path):
+    return path
+  compiler = find_compiler()
+  print(f'Compiling {os.path.basename(SOURCE)} (once)', file=sys.stderr)
+  try:
+    os.makedirs(folder, exist_ok=True)
+    # Compiled beside its place and linked there: others see all of it or nothing, and one
+    # that another process has loaded meanwhile is never replaced.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+      draft = os.path.join(scratch, 'kernels.so')
+      _compile(compiler, draft)
+      with open(draft, 'rb') as f:
+        os.fsync(f.fileno())
+      try:
+        os.link(draft, path)
+      except FileExistsError:
+        pass  # another process was faster
+      except OSError:  # a file system without links
+        os.replace(draft, path)
+  except OSError as error:
+    raise BuildError(f'{folder} cannot be written: {error.strerror}') from error
+  return path
+
+
+def find_compiler():
+  """Returns the command of the C++ compiler, a list: the environment's CXX, or a usual one.
+
+  Raises:
+    BuildError: there is none.
+  """
+  names = [os.environ['CXX']] if os.environ.get('CXX') else COMPILERS
+  for name in names:
+    command = shlex.split(name)
+    if shutil.which(command[0]):
+      return command
+  raise BuildError(f'no C++ compiler found ({", ".join(names)}); one of your system\'s packages '
+                   'has it (Debian and Ubuntu: apt install g++), or name one in CXX')
+
+
+def _compile(compiler, path):
+  command = [*compiler, *FLAGS, *tf.sysconfig.get_compile_flags(), SOURCE, '-o', path,
+             *tf.sysconfig.get_link_flags()]
+  try:
+    process = subprocess.run(command, capture_output=True, text=True, errors='replace',
+                             timeout=TIMEOUT_SECS, env={**os.environ, 'LC_ALL': 'C'})
+  except subprocess.TimeoutExpired as error:
+    raise BuildError(f'{compiler[0]} took more than {TIMEOUT_SECS} s') from error
+  except OSError as error:
+    raise BuildError(f'{compiler[0]} cannot be run: {error.strerror}') from error
+  if process.returncode or not os.path.exists(path):
+    lines = process.stderr.strip().splitlines()
+    errors = [line for line in lines if 'error: ' in line] or lines[-1:]
+    raise BuildError(f'{compiler[0]} failed: {(errors or ["it wrote no library"])[0]}')
+
+
+def _processor():
+  """Returns what tells processors with other instructions apart, or nothing."""
+  try:
+    with open('/proc/cpuinfo', encoding='utf-8') as f:
+      return next((line for line in f if line.startswith(('flags', 'Features'))), '')
+  except OSError:
+    return platform.processor()

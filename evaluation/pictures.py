@@ -1,0 +1,184 @@
+"""Draws what an evaluation found as PNG pictures; needs no display.
+
+Class names are drawn as they are: in whichever installed fonts have their
+characters, without markup, and long ones shortened in the middle. A name that
+no installed font has all characters of becomes its number, like #3.
+"""
+
+import contextlib
+import functools
+import io
+import logging
+import math
+
+import matplotlib
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+import numpy as np
+
+from evaluation import metrics
+
+BASE_FONT = 'DejaVu Sans'  # comes with matplotlib
+GRID_COLUMNS = 6
+MAX_GRID_IMAGES = 30
+MAX_NAME_WIDTH = 21  # columns of a terminal, see metrics.text_width
+MAX_NUMBERED_CLASSES = 30  # up to here the cells of the confusion matrix show their counts
+MAX_NAMED_CLASSES = 120  # up to here its rows and columns show their names
+NUM_CONFUSIONS = 20  # pairs listed beside it where the cells show no counts
+RIGHT, WRONG = 'darkgreen', 'crimson'
+DPI = 100
+
+# A fallback font may have one weight only: matplotlib takes it, and says so each time.
+logging.getLogger('matplotlib.font_manager').addFilter(
+    lambda record: 'font weight' not in record.getMessage())
+
+
+def draw_confusion_matrix(matrix, class_names):
+  """Draws a confusion matrix, coloured by the share of each label's images.
+
+  Args:
+    matrix: int64 [num_classes (label), num_classes (prediction)].
+    class_names: list of names.
+
+  Returns:
+    Bytes of a PNG file.
+  """
+  with _drawable_names(class_names) as names:
+    side = _matrix_side(len(names))
+    figure = Figure(figsize=(side, side))
+    # The matrix fills the figure, which is saved with whatever the names need around it.
+    axis = figure.add_axes((0, 0, 1, 1))
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    # The root shows what is rare: one image in 100 is a tenth of the colour, not a hundredth.
+    axis.imshow(np.sqrt(np.ma.masked_equal(shares, 0)), cmap='Blues', vmin=0, vmax=1, zorder=1)
+    _label_axes(axis, names)
+    if len(names) <= MAX_NUMBERED_CLASSES:
+      for (row, column), count in np.ndenumerate(matrix):
+        if count:
+          axis.text(column, row, count, ha='center', va='center',
+                    color='white' if shares[row, column] > 0.4 else 'black')
+    else:
+      _list_confusions(axis, matrix, names)
+    correct, total = int(np.trace(matrix)), int(matrix.sum())
+    axis.set_title(f'Accuracy: {correct / total:.4f} ({correct} of {total})')
+    return _png(figure, bbox_inches='tight', pad_inches=0.2)
+
+
+def _matrix_side(num_classes):
+  """Returns the side of the confusion matrix in inches."""
+  if num_classes <= MAX_NUMBERED_CLASSES:
+    return max(2.5, 0.5 * num_classes)
+  return min(0.15 * num_classes, 0.15 * MAX_NAMED_CLASSES)
+
+
+def _label_axes(axis, names):
+  """Names the rows and columns of a confusion matrix."""
+  axis.set_xlabel('prediction')
+  axis.set_ylabel('label')
+  num_classes = len(names)
+  if num_classes > MAX_NAMED_CLASSES:
+    return  # their numbers, where matplotlib puts them
+  size = 10 if num_classes <= MAX_NUMBERED_CLASSES else 7
+  axis.set_xticks(range(num_classes), names, rotation=90, fontsize=size)
+  axis.set_yticks(range(num_classes), names, fontsize=size)
+  # Below the cells: lines that lead from a rare mistake to its names.
+  axis.grid(color='0.9', linewidth=0.5)
+  axis.set_axisbelow(True)
+
+
+def _list_confusions(axis, matrix, names):
+  """Writes the most frequent mistakes beside a confusion matrix without numbers."""
+  mistakes = matrix - np.diag(np.diag(matrix))
+  order = np.argsort(-mistakes, axis=None, kind='stable')[:NUM_CONFUSIONS]
+  lines = [f'{mistakes.flat[i]} x  {names[i // len(names)]}  →  {names[i % len(names)]}'
+           for i in order if mistakes.flat[i]]
+  axis.text(1.03, 1, '\n'.join(['Most frequent mistakes', '', *(lines or ['none'])]),
+            va='top', linespacing=1.6, transform=axis.transAxes)
+
+
+def draw_predictions(result, indices, class_names, title):
+  """Draws images as the network saw them, with what it took them for.
+
+  Args:
+    result: evaluation.Evaluation that has the images.
+    indices: which images, at most MAX_GRID_IMAGES.
+    class_names: list of names.
+    title: line above the images.
+
+  Returns:
+    Bytes of a PNG file.
+  """
+  with _drawable_names(class_names) as names:
+    columns = min(GRID_COLUMNS, max(len(indices), 3))
+    rows = max(1, math.ceil(len(indices) / columns))
+    figure = Figure(figsize=(2.4 * columns, 3.1 * rows + 0.4), layout='constrained')
+    figure.suptitle(title)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+      axis.axis('off')
+    for axis, index in zip(axes.flat, indices):
+      label, probabilities = result.labels[index], result.probabilities[index]
+      prediction = probabilities.argmax()
+      text = f'{names[prediction]} {probabilities[prediction]:.2f}'
+      if prediction != label:
+        text += f'\nis {names[label]} {probabilities[label]:.2f}'
+      axis.imshow(result.images[index] / 2.0 + 0.5)
+      axis.set_title(text, fontsize=9, color=RIGHT if prediction == label else WRONG)
+      axis.text(0.5, -0.03, f'record {result.positions[index]}', fontsize=7, color='grey',
+                ha='center', va='top', transform=axis.transAxes)
+    return _png(figure)
+
+
+def undrawable_names(class_names):
+  """Returns those names that no installed font can draw, and that become numbers."""
+  _, undrawable = _fallback_fonts(''.join(class_names))
+  return [name for name in class_names if undrawable.intersection(name)]
+
+
+@contextlib.contextmanager
+def _drawable_names(class_names):
+  """Lets matplotlib draw class names inside the context; yields them as they are to be drawn."""
+  families, undrawable = _fallback_fonts(''.join(class_names))
+  with matplotlib.rc_context({
+      'font.family': [BASE_FONT, *families],
+      'text.parse_math': False,  # a $ in a name is a $
+  }):
+    yield [f'#{label}' if undrawable.intersection(name) else metrics.shorten(name, MAX_NAME_WIDTH)
+           for label, name in enumerate(class_names)]
+
+
+@functools.lru_cache(maxsize=8)
+def _fallback_fonts(text):
+  """Finds installed fonts for what BASE_FONT lacks of a text.
+
+  Returns:
+    List of font families, and the set of the characters that none of them has.
+  """
+  missing = set(map(ord, text)) - _coverage(font_manager.findfont(BASE_FONT))
+  if not missing:
+    return [], set()
+  installed = set(font_manager.findSystemFonts())
+  # matplotlib keeps a list of fonts, which lacks those installed since.
+  for path in installed.difference(entry.fname for entry in font_manager.fontManager.ttflist):
+    with contextlib.suppress(RuntimeError):  # a font that matplotlib cannot read
+      font_manager.fontManager.addfont(path)
+  upright = [entry for entry in font_manager.fontManager.ttflist
+             if entry.fname in installed and entry.style == 'normal']
+  families = []
+  for entry in sorted(upright, key=lambda entry: -len(missing & _coverage(entry.fname))):
+    if missing & _coverage(entry.fname):
+      families.append(entry.name)
+      missing -= _coverage(entry.fname)
+  return families, set(map(chr, missing))
+
+
+@functools.cache
+def _coverage(path):
+  """Returns the code points that a font file has characters for."""
+  return frozenset(font_manager.get_font(path).get_charmap())
+
+
+def _png(figure, **kwargs):
+  png = io.BytesIO()
+  figure.savefig(png, format='png', dpi=DPI, **kwargs)
+  return png.getvalue()

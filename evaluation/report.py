@@ -1,0 +1,246 @@
+"""Writes what an evaluation found: its files, and its TensorBoard events."""
+
+import csv
+import io
+import json
+import os
+import sys
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+from common import checkpoints
+from common import files
+from evaluation import evaluator
+from evaluation import metrics
+from evaluation import pictures
+from records import flowers
+
+# A probability that rounds to 0 costs as much as the smallest float32.
+MIN_PROBABILITY = np.finfo(np.float32).tiny
+
+
+def write(folder, writer, result, computed, picture_indices, class_names, about):
+  """Writes everything that one evaluation leaves behind.
+
+  Args:
+    folder: where the files go.
+    writer: tf.summary.FileWriter.
+    result: evaluation.Evaluation.
+    computed: metrics.Metrics of it.
+    picture_indices: images for predictions.png.
+    class_names: list of names.
+    about: dict of what was evaluated, for metrics.json; has global_step.
+
+  Returns:
+    Names of the files.
+  """
+  drawn = _draw_pictures(result, computed, picture_indices, class_names)
+  contents = {
+      'metrics.json': _format_json({**metrics.to_dict(computed, class_names), **about}).encode(),
+      'predictions.csv': _format_predictions(result, class_names).encode(),
+      **{f'{name}.png': png for name, png in drawn.items()},
+  }
+  for name, content in contents.items():
+    files.write_atomically(os.path.join(folder, name), content)
+  _write_events(writer, computed, drawn, metrics.format_table(computed, class_names),
+               about['global_step'])
+  return list(contents)
+
+
+def _format_json(values):
+  """Returns a dict as JSON text; a table in it has one line a row."""
+  def line(value):
+    return json.dumps(value, ensure_ascii=False)
+
+  def item(value):
+    if isinstance(value, list) and isinstance(value[0], (list, dict)):
+      return '[\n' + ',\n'.join(f'    {line(row)}' for row in value) + '\n  ]'
+    return line(value)
+
+  return '{\n' + ',\n'.join(f'  {line(key)}: {item(value)}'
+                            for key, value in values.items()) + '\n}\n'
+
+
+def _format_predictions(result, class_names):
+  """Returns an Evaluation as CSV text with a line an image.
+
+  The columns are `record` (the image's number in the split), `label`,
+  `prediction` (ids of labels.txt), and a probability for each class, headed
+  like 0:daisy, with all the digits that it takes to read the same float32.
+  """
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator='\n')
+  writer.writerow(['record', 'label', 'prediction',
+                   *(f'{label}:{name}' for label, name in enumerate(class_names))])
+  for position, label, probabilities in zip(result.positions, result.labels,
+                                            result.probabilities):
+    writer.writerow([position, label, probabilities.argmax(),
+                     *(f'{probability:.9g}' for probability in probabilities)])
+  return text.getvalue()
+
+
+def _draw_pictures(result, computed, picture_indices, class_names):
+  """Returns {name: bytes of a PNG file} of what is to be seen of an Evaluation."""
+  num_mistakes = computed.num_images - computed.num_correct
+  return {
+      'confusion_matrix': pictures.draw_confusion_matrix(computed.confusion_matrix, class_names),
+      'mistakes': pictures.draw_predictions(
+          result, result.mistakes, class_names,
+          f'The most confident of {num_mistakes} mistakes' if num_mistakes else 'No mistakes'),
+      'predictions': pictures.draw_predictions(
+          result, picture_indices, class_names, 'Images of all of the split'),
+  }
+
+
+def _write_events(writer, computed, drawn, table, step):
+  """Adds metrics, pictures and table to TensorBoard at the checkpoint's step."""
+  # The tags of train_flowers.py: both curves share one chart.
+  scalars = {'accuracy': computed.accuracy, 'losses/cross_entropy': computed.loss,
+             'macro_f1': computed.macro_average.f1}
+  if computed.top_5_accuracy is not None:
+    scalars['top_5_accuracy'] = computed.top_5_accuracy
+  values = [tf.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+  values += [tf.Summary.Value(tag=tag, image=tf.Summary.Image(encoded_image_string=png))
+             for tag, png in drawn.items()]
+  text_metadata = tf.SummaryMetadata(
+      plugin_data=tf.SummaryMetadata.PluginData(plugin_name='text'))
+  # Indented by four spaces, Markdown leaves the columns as they are.
+  markdown = '\n'.join(f'    {line}' for line in table.splitlines())
+  values.append(tf.Summary.Value(tag='metrics', metadata=text_metadata,
+                                 tensor=tf.make_tensor_proto(markdown.encode())))
+  writer.add_summary(tf.Summary(value=values), step)
+  writer.flush()
+
+
+def _report_bad_records(dataset, bad_numbers):
+  """Warns of the records that could not be evaluated, and of shards cut short."""
+  for damage in dataset.records.damages:
+    print(f'Warning: {damage}', file=sys.stderr)
+  for number in bad_numbers[:flowers.MAX_NAMED_BAD_RECORDS]:
+    print(f'Warning: not evaluated: {flowers.describe_bad_record(dataset, number)}',
+          file=sys.stderr)
+  if bad_numbers:
+    print(f'Warning: {len(bad_numbers)} of {dataset.num_samples} records are bad and left out',
+          file=sys.stderr)
+
+
+class SplitEvaluation:
+  """Evaluates networks on a split and writes what was found.
+
+  Attributes:
+    class_names: names of the split's classes.
+  """
+
+  def __init__(self, dataset, log_eval, batch_size, about):
+    """Initializes it; nothing is written before the first result.
+
+    Args:
+      dataset: slim Dataset from `flowers.get_split`.
+      log_eval: folder of the results; created if missing.
+      batch_size: images that a network is given at a time.
+      about: dict of what metrics.json is to say beside the metrics.
+    """
+    self.class_names = [name for _, name in sorted(dataset.labels_to_names.items())]
+    self._dataset = dataset
+    self._log_eval = log_eval
+    self._batch_size = batch_size
+    self._about = about
+    self._writer = None
+    num_pictures = min(pictures.MAX_GRID_IMAGES, dataset.num_samples)
+    self._picture_indices = np.linspace(
+        0, dataset.num_samples - 1, num_pictures).astype(int).tolist()
+
+  def of_checkpoints(self, devices, use_averages):
+    """Returns a function that evaluates one checkpoint of a training run after another.
+
+    The function takes a checkpoint's path and returns what `_report` does; it
+    raises checkpoints.CheckpointError if the checkpoint cannot be read, or is of
+    another model or dataset.
+
+    Args:
+      devices, use_averages: see `evaluator.Evaluator`.
+    """
+    evaluate_checkpoint = None
+
+    def evaluate(checkpoint):
+      nonlocal evaluate_checkpoint
+      if evaluate_checkpoint is None:
+        config = checkpoints.load_config(checkpoint)
+        self._check_classes(checkpoint, config.class_names)
+        evaluate_checkpoint = evaluator.Evaluator(
+            self._dataset, config, self._batch_size, devices, show_progress=True)
+      step = _read_global_step(checkpoint)
+      result = evaluate_checkpoint(checkpoint, use_averages, self._picture_indices,
+                                   pictures.MAX_GRID_IMAGES)
+      return self._report(result, {'checkpoint': checkpoint, 'global_step': step,
+                                   'uses_averages': result.uses_averages})
+    return evaluate
+
+  def of_frozen_model(self, path, model):
+    """Evaluates a frozen model; returns what `_report` does.
+
+    Args:
+      path: the model's path, for the report.
+      model: export.models.FrozenModel that takes pixels.
+
+    Raises:
+      checkpoints.CheckpointError: the model has other classes.
+    """
+    self._check_classes(path, model.class_names)
+
+    def predict(batches):
+      for images, labels, _ in batches:
+        probabilities = model.predict(images)
+        chosen = probabilities[np.arange(len(labels)), labels]
+        yield probabilities, -np.log(np.maximum(chosen, MIN_PROBABILITY))
+
+    reader = evaluator.ImageReader(self._dataset, self._batch_size, model.image_size)
+    result = evaluator.run_pass(reader, predict, 1, self._picture_indices,
+                                pictures.MAX_GRID_IMAGES, show_progress=True)
+    return self._report(result, {
+        'graph': path, 'global_step': model.description.get('global_step', 0),
+        'uses_averages': model.description.get('averaged_weights')})
+
+  def _check_classes(self, path, class_names):
+    if self.class_names != class_names:
+      raise checkpoints.CheckpointError(
+          f'{path} was trained on the classes {", ".join(class_names)}, but '
+          f'{self._about["dataset_dir"]} has {", ".join(self.class_names)}')
+
+  def _report(self, result, about):
+    """Writes files and events.
+
+    Args:
+      result: evaluator.Evaluation.
+      about: dict of what was evaluated; has global_step.
+
+    Returns:
+      computed: metrics.Metrics.
+      about: dict of all that metrics.json says beside them.
+      files: names of the files.
+    """
+    if self._writer is None:
+      undrawable = pictures.undrawable_names(self.class_names)
+      if undrawable:
+        print(f'Warning: no font of this machine can draw {", ".join(undrawable)}: in pictures '
+              'they are numbers. On Debian, apt install fonts-noto-cjk has most', file=sys.stderr)
+      os.makedirs(self._log_eval, exist_ok=True)
+      self._writer = tf.summary.FileWriter(self._log_eval)
+    bad_numbers = sorted(set(range(self._dataset.num_samples)).difference(result.positions))
+    _report_bad_records(self._dataset, bad_numbers)
+    computed = metrics.compute(result.labels, result.probabilities, result.losses)
+    about = {'num_bad_records': len(bad_numbers), **about, **self._about}
+    # Bad records leave no images for the last of the indices.
+    indices = [index for index in self._picture_indices if index in result.images]
+    file_names = write(self._log_eval, self._writer, result, computed, indices,
+                         self.class_names, about)
+    return computed, about, file_names
+
+
+def _read_global_step(checkpoint):
+  """Returns the checkpoint's step, or raises a CheckpointError."""
+  try:
+    return checkpoints.global_step(checkpoint)
+  except (tf.errors.OpError, ValueError) as error:
+    raise checkpoints.CheckpointError(f'{checkpoint} cannot be read: {error}') from error

@@ -1,0 +1,115 @@
+"""Tests of finding checkpoints, and of which weights are restored from them."""
+
+import os
+import shutil
+import tempfile
+
+import tensorflow.compat.v1 as tf
+import tf_slim as slim
+
+from common import checkpoints
+
+
+def model_variable():
+  return slim.model_variable('layer/weights', initializer=1.0, shape=None)
+
+
+class CheckpointsTestCase(tf.test.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.dir = tempfile.mkdtemp()
+    self.addCleanup(shutil.rmtree, self.dir)
+    self.prefix = os.path.join(self.dir, 'model.ckpt')
+
+  def save(self, step, with_averages=False):
+    """Saves a weight of 1 whose average is 1.5; returns the checkpoint."""
+    with tf.Graph().as_default(), tf.Session() as session:
+      weight = model_variable()
+      if with_averages:
+        averages = tf.train.ExponentialMovingAverage(0.5)
+        with tf.control_dependencies([weight.assign(2.0)]):
+          apply = averages.apply([weight])
+        session.run(tf.global_variables_initializer())
+        session.run(apply)
+        session.run(weight.assign(1.0))
+      else:
+        session.run(tf.global_variables_initializer())
+      return tf.train.Saver().save(session, self.prefix, step)
+
+
+class FindTest(CheckpointsTestCase):
+
+  def test_newest_of_a_folder_or_one_by_name(self):
+    first, second = self.save(1), self.save(2)
+    self.assertEqual(checkpoints.find(self.dir), second)
+    self.assertEqual(checkpoints.find('elsewhere', self.dir), second)
+    self.assertEqual(checkpoints.find('elsewhere', first), first)
+
+  def test_none(self):
+    for path in (self.dir, self.prefix + '-3', os.path.join(self.dir, 'nowhere')):
+      with self.assertRaisesRegex(checkpoints.CheckpointError, f'No checkpoint in {path}: run '):
+        checkpoints.find(path)
+    checkpoint = self.save(1)
+    for path in tf.gfile.Glob(checkpoint + '.*'):
+      os.remove(path)
+    with self.assertRaisesRegex(checkpoints.CheckpointError, 'No checkpoint in'):
+      checkpoints.find(self.dir)
+
+
+class InferenceSaverTest(CheckpointsTestCase):
+
+  def restore(self, checkpoint, use_averages):
+    """Value of the weight, and whether it is said to be an average."""
+    with tf.Graph().as_default(), tf.Session() as session:
+      weight = model_variable()
+      saver, uses_averages = checkpoints.inference_saver(checkpoint, use_averages)
+      saver.restore(session, checkpoint)
+      return session.run(weight), uses_averages
+
+  def test_averages_where_there_are_some(self):
+    checkpoint = self.save(1, with_averages=True)
+    self.assertEqual(self.restore(checkpoint, 'auto'), (1.5, True))
+    self.assertEqual(self.restore(checkpoint, 'yes'), (1.5, True))
+    self.assertEqual(self.restore(checkpoint, 'no'), (1.0, False))
+
+  def test_no_averages(self):
+    checkpoint = self.save(1)
+    self.assertEqual(self.restore(checkpoint, 'auto'), (1.0, False))
+    with self.assertRaisesRegex(checkpoints.CheckpointError, 'has no averages of the weights'):
+      self.restore(checkpoint, 'yes')
+
+
+class SameVariablesTest(CheckpointsTestCase):
+
+  def test_other_optimizers_are_refused(self):
+    checkpoint = self.save(1)
+    with tf.Graph().as_default():
+      weight = model_variable()
+      checkpoints.check_same_variables(checkpoint)
+      tf.train.MomentumOptimizer(0.1, 0.9).minimize(weight * 2.0)
+      with self.assertRaisesRegex(checkpoints.CheckpointError,
+                                  'lacks 1 variables that this run needs, the first is '
+                                  'layer/weights/Momentum'):
+        checkpoints.check_same_variables(checkpoint)
+
+  def test_averages_are_not_lost_silently(self):
+    checkpoint = self.save(1, with_averages=True)
+    with tf.Graph().as_default():
+      model_variable()
+      with self.assertRaisesRegex(checkpoints.CheckpointError,
+                                  'has 1 variables that this run lacks, the first is '
+                                  'layer/weights/ExponentialMovingAverage'):
+        checkpoints.check_same_variables(checkpoint)
+
+
+class NextImageTest(CheckpointsTestCase):
+
+  def test_a_checkpoint_that_training_did_not_write(self):
+    with self.assertRaisesRegex(checkpoints.CheckpointError,
+                                'was not written by train_flowers.py, which cannot resume'):
+      checkpoints.next_image(self.save(1))
+
+
+if __name__ == '__main__':
+  tf.test.main()

@@ -1,0 +1,108 @@
+"""Tests of the evaluating pass: exact, repeatable, the same on any number of devices."""
+
+import os
+import shutil
+import tempfile
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+from common import checkpoints
+from deployment import towers
+from evaluation import evaluator
+from records import flowers
+from scripts import DATASET_DIR
+import small_model
+
+NUM_IMAGES = 100
+
+
+class EvaluatorTest(tf.test.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.dir = tempfile.mkdtemp()
+    cls.addClassCleanup(shutil.rmtree, cls.dir)
+    cls.first = small_model.write_checkpoint(cls.dir, 1, is_fitted=False)
+    cls.second = small_model.write_checkpoint(cls.dir, 2, is_fitted=False)
+    cls.averaged = small_model.write_checkpoint(cls.dir, 3, with_averages=True, is_fitted=False)
+    cls.dataset = flowers.get_split('validation', DATASET_DIR)
+
+  def build_evaluator(self, batch_size=32, num_devices=1):
+    evaluate = evaluator.Evaluator(
+        self.dataset, small_model.CONFIG, batch_size,
+        towers.tower_devices(num_devices, clone_on_cpu=True))
+    self.addCleanup(evaluate.close)
+    return evaluate
+
+  def assertSame(self, result, expected):
+    for field in ('labels', 'probabilities', 'losses', 'positions'):
+      np.testing.assert_array_equal(getattr(result, field), getattr(expected, field), field)
+
+  def test_every_image_once_for_every_checkpoint(self):
+    evaluate = self.build_evaluator()
+    first, second, again = (evaluate(path) for path in (self.first, self.second, self.first))
+    self.assertAllEqual(first.positions, np.arange(NUM_IMAGES))
+    self.assertEqual(np.bincount(first.labels).tolist(), [20] * 5)
+    self.assertAllClose(first.probabilities.sum(1), np.ones(NUM_IMAGES))
+    self.assertAllClose(first.losses,
+                        -np.log(first.probabilities[range(NUM_IMAGES), first.labels]))
+    self.assertNotAllClose(first.probabilities, second.probabilities)
+    self.assertSame(again, first)
+
+  def test_batch_size_does_not_change_the_result(self):
+    self.assertAllClose(self.build_evaluator(7)(self.first).probabilities,
+                        self.build_evaluator(100)(self.first).probabilities, atol=1e-5)
+
+  def test_devices_do_not_change_a_bit(self):
+    # 100 images in batches of 30: two devices have one full batch less in the last round, and
+    # three have nothing at all for the third but 10 images.
+    expected = self.build_evaluator(30)(self.first)
+    for num_devices in (2, 3):
+      self.assertSame(self.build_evaluator(30, num_devices)(self.first), expected)
+
+  def test_averages(self):
+    evaluate = self.build_evaluator()
+    weights = evaluate(self.averaged, use_averages='no')
+    averages = evaluate(self.averaged, use_averages='yes')
+    chosen = evaluate(self.averaged)
+    without = evaluate(self.first)
+    self.assertEqual([weights.uses_averages, averages.uses_averages, chosen.uses_averages,
+                      without.uses_averages], [False, True, True, False])
+    self.assertNotAllClose(weights.probabilities, averages.probabilities)
+    self.assertSame(chosen, averages)
+    with self.assertRaisesRegex(checkpoints.CheckpointError, 'has no averages of the weights'):
+      evaluate(self.first, use_averages='yes')
+
+  def test_graph_does_not_grow(self):
+    evaluate = self.build_evaluator(100)
+    evaluate(self.first)
+    evaluator._graph.finalize()
+    evaluate(self.second)
+
+  def test_images(self):
+    result = self.build_evaluator(30)(self.first, image_indices=[3, 99], num_mistakes=4)
+    with tf.Graph().as_default(), tf.Session() as session:
+      images, _ = session.run(flowers.load_batch(self.dataset, 100, 71, 71, is_training=False))
+    wrong = np.flatnonzero(result.probabilities.argmax(1) != result.labels)
+    worst = sorted(wrong, key=lambda i: -result.probabilities[i].max())[:4]
+    self.assertCountEqual(result.images, {3, 99, *worst})
+    for index, image in result.images.items():
+      self.assertAllEqual(image, images[index])
+
+  def test_checkpoint_that_is_gone(self):
+    with self.assertRaisesRegex(checkpoints.CheckpointError, 'model.ckpt-9 cannot be restored'):
+      self.build_evaluator()(os.path.join(self.dir, 'model.ckpt-9'))
+
+  def test_checkpoint_of_another_model(self):
+    with tf.Graph().as_default(), tf.Session() as session:
+      tf.get_variable('weights', [1])
+      session.run(tf.global_variables_initializer())
+      path = tf.train.Saver().save(session, os.path.join(self.dir, 'other.ckpt'))
+    with self.assertRaisesRegex(checkpoints.CheckpointError, 'other.ckpt cannot be restored'):
+      self.build_evaluator()(path)
+
+
+if __name__ == '__main__':
+  tf.test.main()

@@ -1,0 +1,164 @@
+"""Tests of the pictures: what is drawn where, and that every name can be read."""
+
+import io
+from unittest import mock
+import warnings
+
+from matplotlib import font_manager
+import numpy as np
+from PIL import Image
+import tensorflow.compat.v1 as tf
+
+from evaluation import evaluator
+from evaluation import pictures
+
+DARK_BLUE = (8, 48, 107)  # the upper end of matplotlib's Blues
+
+
+def pixels(png):
+  """Decodes a PNG file; uint8 [height, width, 3]."""
+  return np.asarray(Image.open(io.BytesIO(png)).convert('RGB'))
+
+
+def is_colour(image, colour):
+  return np.abs(image.astype(int) - colour).max(-1) <= 2
+
+
+def box(mask):
+  """Returns top, bottom, left and right of the pixels that are True."""
+  rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+  return rows[0], rows[-1], columns[0], columns[-1]
+
+
+def texts_of(draw, *args):
+  """Draws a picture; returns the texts in it that are seen, and the PNG file."""
+  figures = []
+
+  def keep(figure, **kwargs):
+    figures.append(figure)
+    return png(figure, **kwargs)
+
+  png = pictures._png
+  with mock.patch.object(pictures, '_png', keep), warnings.catch_warnings():
+    warnings.simplefilter('error')  # matplotlib warns of a character that it has no glyph for
+    content = draw(*args)
+  figure, = figures
+  texts = list(figure.texts)
+  for axis in figure.axes:
+    texts += [axis.title, *axis.texts]
+    if axis.axison:
+      texts += [axis.xaxis.label, axis.yaxis.label, *axis.get_xticklabels(),
+                *axis.get_yticklabels()]
+  return [text.get_text() for text in texts if text.get_text()], content
+
+
+class ConfusionMatrixTest(tf.test.TestCase):
+
+  def test_cells_are_where_they_belong(self):
+    # All of class 0 taken for class 2.
+    png = pictures.draw_confusion_matrix(np.array([[0, 0, 9], [0, 0, 0], [0, 0, 0]]), list('abc'))
+    top, bottom, left, right = box(is_colour(pixels(png), DARK_BLUE))
+    height, width = bottom - top + 1, right - left + 1
+    self.assertBetween(height, 78, 86)  # a third of 2.5 inches at 100 dots
+    self.assertBetween(width, 78, 86)
+    self.assertLess(top, 60)  # in the first row, below the title
+    self.assertGreater(left, 200)  # in the last column
+
+  def test_small_matrix_shows_counts_and_names(self):
+    matrix = np.array([[7, 2], [0, 11]])
+    texts, _ = texts_of(pictures.draw_confusion_matrix, matrix, ['daisy', 'rose'])
+    self.assertContainsSubset(['7', '2', '11', 'daisy', 'rose', 'label', 'prediction',
+                               'Accuracy: 0.9000 (18 of 20)'], texts)
+    self.assertNotIn('0', texts)
+
+  def test_large_matrix_lists_the_mistakes(self):
+    matrix = np.diag(np.full(100, 20))
+    matrix[3, 14] = 6
+    matrix[15, 9] = 2
+    names = [f'species {i}' for i in range(100)]
+    texts, png = texts_of(pictures.draw_confusion_matrix, matrix, names)
+    self.assertIn('Most frequent mistakes\n\n6 x  species 3  →  species 14\n'
+                  '2 x  species 15  →  species 9', texts)
+    self.assertContainsSubset(names, texts)
+    self.assertNotIn('20', texts)
+    height, width, _ = pixels(png).shape
+    self.assertGreater(height, 1500)
+    self.assertGreater(width, height)
+
+  def test_very_many_classes_are_numbered(self):
+    texts, png = texts_of(pictures.draw_confusion_matrix, np.eye(1000, dtype=np.int64),
+                          [f'class {i}' for i in range(1000)])
+    self.assertContainsSubset(['0', '200', '800'], texts)
+    self.assertNotIn('class 0', texts)
+    self.assertLess(max(pixels(png).shape), 3000)
+
+
+class PredictionsTest(tf.test.TestCase):
+
+  def result(self):
+    images = {0: np.full([8, 8, 3], [1.0, -1.0, -1.0]), 2: np.full([8, 8, 3], [-1.0, -1.0, 1.0])}
+    return evaluator.Evaluation(
+        labels=np.array([0, 1, 1]),
+        probabilities=np.array([[0.9, 0.1], [0.2, 0.8], [0.75, 0.25]], np.float32),
+        losses=np.zeros(3), positions=np.array([0, 4, 7]), images=images, mistakes=[2],
+        uses_averages=None)
+
+  def test_images_names_probabilities_and_records(self):
+    texts, png = texts_of(pictures.draw_predictions, self.result(), [2, 0], ['daisy', 'rose'],
+                          'All')
+    self.assertCountEqual(texts, ['All', 'daisy 0.75\nis rose 0.25', 'daisy 0.90', 'record 7',
+                                  'record 0'])
+    image = pixels(png)
+    blue, red = box(is_colour(image, (0, 0, 255))), box(is_colour(image, (255, 0, 0)))
+    for top, bottom, left, right in (blue, red):
+      self.assertBetween(bottom - top, 180, 240)
+      self.assertBetween(right - left, 180, 240)
+    self.assertLess(blue[3], red[2])  # as asked: the blue one first
+
+  def test_no_mistakes(self):
+    texts, png = texts_of(pictures.draw_predictions, self.result(), [], ['daisy', 'rose'],
+                          'No mistakes')
+    self.assertEqual(texts, ['No mistakes'])
+    self.assertLess(pixels(png).mean(), 255)
+
+
+class NamesTest(tf.test.TestCase):
+
+  def names_drawn(self, names):
+    texts, _ = texts_of(pictures.draw_confusion_matrix, np.eye(len(names), dtype=np.int64), names)
+    return texts
+
+  def test_names_are_drawn_as_they_are(self):
+    names = ['Gänseblümchen', 'кульбаба', 'τουλίπα', '$x_1$ and $5', 'a\\b {c}', '100 %']
+    self.assertEqual(pictures.undrawable_names(names), [])
+    self.assertContainsSubset(names, self.names_drawn(names))
+
+  def test_long_names_keep_their_ends(self):
+    texts = self.names_drawn(['beetle_' * 10 + 'larva_1', 'beetle_' * 10 + 'larva_2'])
+    self.assertContainsSubset(['beetle_bee…le_larva_1', 'beetle_bee…le_larva_2'], texts)
+
+  def test_names_that_no_font_has_become_numbers(self):
+    names = ['daisy', 'sun \U000F1234', '\U000F1235']  # for private use: no font has them
+    self.assertEqual(pictures.undrawable_names(names), names[1:])
+    texts = self.names_drawn(names)
+    self.assertContainsSubset(['daisy', '#1', '#2'], texts)
+
+  def test_fallback_font(self):
+    # Stands for a font of another script: what DejaVu Sans has is taken from it.
+    pictures._fallback_fonts.cache_clear()
+    self.addCleanup(pictures._fallback_fonts.cache_clear)
+    fallback = font_manager.findfont('DejaVu Serif')
+    base = font_manager.findfont(pictures.BASE_FONT)
+    coverage = pictures._coverage
+
+    def without_cyrillic(path):
+      return coverage(path) - set(range(0x400, 0x500)) if path == base else coverage(path)
+
+    with mock.patch.object(pictures, '_coverage', without_cyrillic), \
+         mock.patch.object(font_manager, 'findSystemFonts', return_value=[str(fallback)]):
+      families, undrawable = pictures._fallback_fonts('роза')
+    self.assertEqual((families, undrawable), (['DejaVu Serif'], set()))
+
+
+if __name__ == '__main__':
+  tf.test.main()

@@ -1,0 +1,327 @@
+"""Tests of the TFRecord input pipeline on small datasets that the tests write."""
+
+import io
+import os
+import shutil
+import tempfile
+
+import numpy as np
+from PIL import Image
+import tensorflow.compat.v1 as tf
+import tf_slim as slim
+
+from records import flowers
+from records import tfrecords
+
+CLASS_NAMES = ('daisy', 'dandelion', 'roses')
+
+
+def encoded_image(index, image_format='jpg', height=90, width=110):
+  """A smooth image whose red tells its index."""
+  columns = np.linspace(0, 90, width)
+  pixels = np.stack([np.full([height, width], 5 * index), np.tile(columns, (height, 1)),
+                     np.tile(columns[::-1], (height, 1))], -1).astype(np.uint8)
+  file = io.BytesIO()
+  Image.fromarray(pixels).save(file, {'jpg': 'JPEG', 'png': 'PNG'}[image_format])
+  return file.getvalue()
+
+
+def index_of(image):
+  """The index of an `encoded_image`, from its preprocessed pixels."""
+  return int(round((image[..., 0].mean() / 2 + 0.5) * 255 / 5))
+
+
+class FlowersTest(tf.test.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.dir = tempfile.mkdtemp()
+    self.addCleanup(shutil.rmtree, self.dir)
+    self.write_labels('0:daisy\n1:dandelion\n2:roses\n')
+
+  def write_labels(self, text):
+    with open(os.path.join(self.dir, flowers.LABELS_FILE), 'wb') as f:
+      f.write(text if isinstance(text, bytes) else text.encode())
+
+  def write_shard(self, examples, split='train', shard=0, num_shards=1):
+    path = os.path.join(self.dir, flowers.shard_name(split, shard, num_shards))
+    with tf.python_io.TFRecordWriter(path) as writer:
+      for example in examples:
+        writer.write(example.SerializeToString())
+    return path
+
+  def write_images(self, indices, split='train', shard=0, num_shards=1):
+    return self.write_shard(
+        [flowers.make_example(encoded_image(i), 'jpg', i % 3, 90, 110) for i in indices],
+        split, shard, num_shards)
+
+  def read_batches(self, num_batches, batch_size=4, is_training=True, split='train', **kwargs):
+    """Returns [(images, labels)] of `num_batches`, or of all until the end."""
+    with tf.Graph().as_default(), tf.Session() as session:
+      batch = flowers.load_batch(flowers.get_split(split, self.dir), batch_size, 71, 71,
+                                 is_training, **kwargs)
+      batches = []
+      try:
+        while num_batches is None or len(batches) < num_batches:
+          batches.append(session.run(batch))
+      except tf.errors.OutOfRangeError:
+        pass
+      return batches
+
+  # The format.
+
+  def test_shard_name(self):
+    self.assertEqual(flowers.shard_name('train', 0, 2), 'flowers_train_00000-of-00002.tfrecord')
+
+  def test_record_round_trip(self):
+    example = flowers.make_example(b'bytes', 'png', 3, 240, 320)
+    feature = tf.train.Example.FromString(example.SerializeToString()).features.feature
+    self.assertEqual(feature['image/encoded'].bytes_list.value, [b'bytes'])
+    self.assertEqual(feature['image/format'].bytes_list.value, [b'png'])
+    self.assertEqual(feature['image/class/label'].int64_list.value, [3])
+    self.assertEqual(feature['image/height'].int64_list.value, [240])
+    self.assertEqual(feature['image/width'].int64_list.value, [320])
+
+  def test_labels(self):
+    for text in ('0:daisy\n1:dandelion\n2:roses\n', '2:roses\n0:daisy\n1:dandelion',
+                 '0:daisy\r\n1: dandelion \r\n\r\n2:roses\r\n',
+                 '\ufeff0:daisy\n1:dandelion\n2:roses'):
+      self.write_labels(text)
+      self.assertEqual(flowers.read_labels(self.dir), list(CLASS_NAMES))
+
+  def test_a_name_may_have_colons_and_any_letters(self):
+    self.write_labels('0:Löwenzahn: gelb\n1:蒲公英\n')
+    self.assertEqual(flowers.read_labels(self.dir), ['Löwenzahn: gelb', '蒲公英'])
+
+  def test_malformed_labels(self):
+    for text, message in [
+        ('0:daisy\nroses\n', "line 2: expected id:name like 0:daisy, got 'roses'"),
+        ('0:daisy\n1:\n', "line 2: expected id:name like 0:daisy, got '1:'"),
+        ('-1:daisy\n', 'line 1: expected id:name'),
+        ('0:daisy\n0:roses\n', "line 2: id 0 is already 'daisy'"),
+        ('1:daisy\n2:roses\n', r'must be 0 to 1, got \[1, 2\]'),
+        ('\n', 'names no class'),
+        (b'0:\xff\xfe\n', 'is not UTF-8 text')]:
+      self.write_labels(text)
+      with self.assertRaisesRegex(flowers.DatasetError, message) as context:
+        flowers.read_labels(self.dir)
+      self.assertIn('labels.txt', str(context.exception))
+
+  def test_missing_labels(self):
+    os.remove(os.path.join(self.dir, 'labels.txt'))
+    with self.assertRaisesRegex(flowers.DatasetError, 'Cannot read .*labels.txt'):
+      flowers.read_labels(self.dir)
+
+  # get_split.
+
+  def test_split_is_a_slim_dataset(self):
+    self.write_images(range(5), shard=0, num_shards=2)
+    self.write_images(range(5, 12), shard=1, num_shards=2)
+    dataset = flowers.get_split('train', self.dir)
+    self.assertIsInstance(dataset, slim.dataset.Dataset)
+    self.assertEqual(dataset.num_samples, 12)
+    self.assertEqual(dataset.num_classes, 3)
+    self.assertEqual(dataset.labels_to_names, dict(enumerate(CLASS_NAMES)))
+    self.assertEqual([os.path.basename(path) for path in dataset.data_sources],
+                     ['flowers_train_00000-of-00002.tfrecord',
+                      'flowers_train_00001-of-00002.tfrecord'])
+    self.assertEqual(sorted(dataset.decoder.list_items()), ['image', 'label'])
+
+  def test_slims_own_provider_reads_it(self):
+    self.write_images(range(6))
+    with tf.Graph().as_default():
+      provider = slim.dataset_data_provider.DatasetDataProvider(
+          flowers.get_split('train', self.dir), shuffle=False, num_readers=1)
+      image, label = provider.get(['image', 'label'])
+      with tf.Session() as session:
+        coordinator = tf.train.Coordinator()
+        threads = tf.train.start_queue_runners(session, coordinator)
+        session.run(tf.local_variables_initializer())
+        labels = [session.run([image, label])[1] for _ in range(6)]
+        coordinator.request_stop()
+        coordinator.join(threads, stop_grace_period_secs=5, ignore_live_threads=True)
+    self.assertEqual(labels, [0, 1, 2, 0, 1, 2])
+
+  def test_another_file_pattern(self):
+    path = self.write_images(range(4))
+    os.rename(path, os.path.join(self.dir, 'mine-train.tfrecord'))
+    dataset = flowers.get_split('train', self.dir, file_pattern='mine-%s.tfrecord')
+    self.assertEqual(dataset.num_samples, 4)
+
+  def test_unknown_split(self):
+    with self.assertRaisesRegex(ValueError, "Unknown split 'test': use one of train, validation"):
+      flowers.get_split('test', self.dir)
+
+  def test_no_file(self):
+    with self.assertRaisesRegex(flowers.DatasetError, 'No file matches .*flowers_train_'):
+      flowers.get_split('train', self.dir)
+
+  def test_no_record(self):
+    self.write_shard([])
+    with self.assertRaisesRegex(flowers.DatasetError, 'hold no record'):
+      flowers.get_split('train', self.dir)
+
+  def test_a_shard_cut_short_loses_its_own_tail(self):
+    path = self.write_images(range(3), shard=0, num_shards=2)
+    self.write_images(range(3, 8), shard=1, num_shards=2)
+    with open(path, 'r+b') as f:
+      f.truncate(os.path.getsize(path) - 5)
+    dataset = flowers.get_split('train', self.dir)
+    self.assertEqual(dataset.num_samples, 2 + 5)
+    self.assertEqual(dataset.records.damages, [f'{path} ends inside record 2, which is lost'])
+    (_, labels), = self.read_batches(None, 10, is_training=False)
+    self.assertAllEqual(labels, [0, 1, 0, 1, 2, 0, 1])
+
+  def test_no_record_left(self):
+    path = self.write_images([1])
+    with open(path, 'r+b') as f:
+      f.truncate(50)
+    with self.assertRaisesRegex(flowers.DatasetError, 'ends inside record 0'):
+      flowers.get_split('train', self.dir)
+
+  # load_batch.
+
+  def test_training_batch(self):
+    self.write_images(range(6))
+    (images, labels), = self.read_batches(1)
+    self.assertEqual((images.shape, images.dtype), ((4, 71, 71, 3), np.float32))
+    self.assertEqual((labels.shape, labels.dtype), ((4,), np.int64))
+    self.assertBetween(images.min(), -1, 1)
+    self.assertBetween(images.max(), -1, 1)
+
+  def test_evaluation_sees_every_image_once_in_order(self):
+    self.write_images(range(5), 'validation', 0, 2)
+    self.write_images(range(5, 10), 'validation', 1, 2)
+    batches = self.read_batches(None, batch_size=4, is_training=False, split='validation')
+    self.assertEqual([len(labels) for _, labels in batches], [4, 4, 2])
+    seen = [index_of(image) for images, _ in batches for image in images]
+    self.assertEqual(seen, list(range(10)))
+    self.assertEqual([label for _, labels in batches for label in labels],
+                     [i % 3 for i in range(10)])
+
+  def test_evaluation_pixels_are_pillows(self):
+    encoded = encoded_image(40)
+    self.write_shard([flowers.make_example(encoded, 'jpg', 0, 90, 110)])
+    with tf.Graph().as_default(), tf.Session() as session:
+      dataset = flowers.get_split('train', self.dir)
+      record = next(tf.python_io.tf_record_iterator(dataset.data_sources[0]))
+      image = session.run(dataset.decoder.decode(tf.constant(record), ['image'])[0])
+    self.assertAllEqual(image, np.asarray(Image.open(io.BytesIO(encoded))))
+
+  def test_png_records(self):
+    self.write_shard([flowers.make_example(encoded_image(i, 'png'), 'png', 0, 90, 110)
+                      for i in (7, 23)])
+    (images, _), = self.read_batches(1, batch_size=2, is_training=False)
+    self.assertEqual([index_of(image) for image in images], [7, 23])
+
+  def epochs_of_labels(self, num_epochs, num_images, **kwargs):
+    # One class an image, so that labels tell which image it was.
+    self.write_labels(''.join(f'{i}:class{i}\n' for i in range(num_images)))
+    half = num_images // 2
+    for shard, indices in enumerate([range(half), range(half, num_images)]):
+      self.write_shard([flowers.make_example(encoded_image(i), 'jpg', i, 90, 110)
+                        for i in indices], shard=shard, num_shards=2)
+    batches = self.read_batches(num_epochs * num_images // 5, batch_size=5, **kwargs)
+    return np.concatenate([labels for _, labels in batches]).reshape(num_epochs, num_images)
+
+  def test_every_epoch_has_every_image_once_in_another_order(self):
+    epochs = self.epochs_of_labels(3, 20)
+    for epoch in epochs:
+      self.assertAllEqual(np.sort(epoch), np.arange(20))
+    self.assertNotAllEqual(epochs[0], epochs[1])
+    self.assertNotAllEqual(epochs[1], epochs[2])
+    # Shards and records are mixed: a batch is not a run of neighbours.
+    self.assertNotAllEqual(np.sort(epochs[0][:5]), np.sort(epochs[0])[:5])
+
+  def test_the_seed_decides_the_order(self):
+    first, again, other = (self.epochs_of_labels(1, 20, seed=seed) for seed in (1, 1, 2))
+    self.assertAllEqual(first, again)
+    self.assertNotAllEqual(first, other)
+
+  def test_resuming_continues_with_the_very_same_batches(self):
+    self.write_images(range(10), shard=0, num_shards=2)
+    self.write_images(range(10, 14), shard=1, num_shards=2)
+    uninterrupted = self.read_batches(10, seed=3)
+    resumed = self.read_batches(5, seed=3, first_image=5 * 4)
+    for (images, labels), (expected_images, expected_labels) in zip(resumed, uninterrupted[5:]):
+      self.assertAllEqual(labels, expected_labels)
+      self.assertAllEqual(images, expected_images)
+
+  def test_epochs_distort_differently(self):
+    self.write_images([20])
+    batches = self.read_batches(3, batch_size=1)
+    self.assertNotAllClose(batches[0][0], batches[1][0], atol=0.01)
+    self.assertNotAllClose(batches[1][0], batches[2][0], atol=0.01)
+
+  def test_record_number_tells_which_record_it_was(self):
+    labels = self.epochs_of_labels(2, 20, seed=5).ravel()
+    self.assertAllEqual(labels, [flowers.record_number(position, 20, 5)
+                                 for position in range(40)])
+
+  # Bad records: the third of six is bad in some way.
+
+  def check_bad_record(self, bad, message):
+    """`bad` is a tf.train.Example, or a function that damages the shard."""
+    examples = [flowers.make_example(encoded_image(i), 'jpg', i % 3, 90, 110) for i in range(6)]
+    if isinstance(bad, tf.train.Example):
+      examples[2] = bad
+    path = self.write_shard(examples)
+    if callable(bad):
+      bad(path)
+    dataset = flowers.get_split('train', self.dir)
+    self.assertEqual(dataset.num_samples, 6)
+    with tf.Graph().as_default(), tf.Session() as session:
+      batch = flowers.load_numbered_batch(dataset, 6, 71, 71, is_training=False)
+      images, labels, positions = session.run(batch)
+    self.assertAllEqual(positions, [0, 1, 3, 4, 5])
+    self.assertAllEqual(labels, [0, 1, 0, 1, 2])
+    self.assertEqual([index_of(image) for image in images], [0, 1, 3, 4, 5])
+
+    # Training goes on without it, and its number is left out.
+    with tf.Graph().as_default(), tf.Session() as session:
+      batch = flowers.load_numbered_batch(dataset, 5, 71, 71, is_training=True, seed=1)
+      positions = np.concatenate([session.run(batch)[2] for _ in range(4)])
+    left_out = sorted(set(range(positions[-1] + 1)) - set(positions))
+    self.assertNotEmpty(left_out)
+    self.assertEqual({flowers.record_number(p, 6, 1) for p in left_out}, {2})
+
+    reader = flowers.RecordReader(dataset)
+    self.assertEqual(index_of(reader(1)[0] / 127.5 - 1), 1)
+    with self.assertRaisesRegex(tfrecords.RecordError, message):
+      reader(2)
+
+  def test_a_label_outside_labels_txt(self):
+    for label in (3, -1):
+      self.check_bad_record(flowers.make_example(encoded_image(1), 'jpg', label, 90, 110),
+                            f'its label is {label}, but labels.txt has the ids 0 to 2')
+
+  def test_a_missing_key(self):
+    for key in ('image/encoded', 'image/format', 'image/class/label'):
+      example = flowers.make_example(encoded_image(1), 'jpg', 1, 90, 110)
+      del example.features.feature[key]
+      self.check_bad_record(example, f'{key}.* is required but could not be found')
+
+  def test_a_key_of_another_type(self):
+    example = flowers.make_example(encoded_image(1), 'jpg', 1, 90, 110)
+    example.features.feature['image/class/label'].bytes_list.value.append(b'1')
+    self.check_bad_record(example, 'image/class/label.*Data types don.t match')
+
+  def test_an_image_that_does_not_decode(self):
+    encoded = encoded_image(1)
+    for broken in (encoded[:len(encoded) // 2], b'', b'<html>not found</html>', b'\xff\xd8\xff'):
+      self.check_bad_record(flowers.make_example(broken, 'jpg', 1, 90, 110), '.')
+
+  def test_a_flipped_bit(self):
+    def flip(path):
+      records = tfrecords.Records([path])
+      with open(path, 'r+b') as f:
+        content = bytearray(f.read())
+        content[content.index(records[2]) + 100] ^= 4
+        f.seek(0)
+        f.write(content)
+
+    self.check_bad_record(flip, 'its checksum is wrong: the file is damaged')
+
+
+if __name__ == '__main__':
+  tf.test.main()

@@ -1,0 +1,133 @@
+"""Evaluates inside training, keeps the best checkpoint apart, and stops when nothing improves."""
+
+import json
+import os
+
+import tensorflow.compat.v1 as tf
+import tqdm
+
+from common import checkpoints
+from common import files
+from evaluation import metrics
+
+BEST_DIR = 'best'  # in the log folder
+EVAL_DIR = 'eval'  # in the log folder, where eval_flowers.py writes too
+METRICS_FILE = 'metrics.json'
+
+
+class EvaluationHook(tf.train.SessionRunHook):
+  """Saves and evaluates every so many steps.
+
+  The best checkpoint, by accuracy and then by loss, is kept in `best` with its
+  metrics.json; eval_flowers.py and write_pb.py take it by
+  `--checkpoint_path log/best`. The validation curves go to `eval`.
+
+  Attributes:
+    stopped_early: why training was stopped, or None.
+  """
+
+  def __init__(self, evaluator, global_step, saver, log_dir, config, every_n_steps, max_steps,
+               best, patience=None):
+    """Initializes the hook.
+
+    Args:
+      evaluator: evaluation.Evaluator.
+      global_step: int64 [], as it is after the step.
+      saver: tf.train.Saver of the checkpoints in log_dir.
+      log_dir: folder of the run.
+      config: ModelConfig, stored beside the best checkpoint.
+      every_n_steps: steps between two evaluations.
+      max_steps: the step that training ends with, which is evaluated too.
+      best: what `read_best` returned.
+      patience: evaluations without improvement after which training stops, or None.
+    """
+    self.stopped_early = None
+    self._evaluator = evaluator
+    self._global_step = global_step
+    self._saver = saver
+    self._log_dir = log_dir
+    self._config = config
+    self._every_n_steps = every_n_steps
+    self._max_steps = max_steps
+    self._patience = patience
+    self._best_dir = os.path.join(log_dir, BEST_DIR)
+    self._best = best
+
+  def begin(self):
+    self._best_saver = tf.train.Saver(max_to_keep=1)
+    state = tf.train.get_checkpoint_state(self._best_dir)
+    if state:  # so that it is deleted when a better one comes
+      self._best_saver.recover_last_checkpoints(state.all_model_checkpoint_paths)
+    self._writer = tf.summary.FileWriter(os.path.join(self._log_dir, EVAL_DIR))
+
+  def before_run(self, run_context):
+    return tf.train.SessionRunArgs(self._global_step)
+
+  def after_run(self, run_context, run_values):
+    step = int(run_values.results)
+    if step % self._every_n_steps and step != self._max_steps:
+      return
+    checkpoint = self._saver.save(run_context.session, os.path.join(self._log_dir, 'model.ckpt'),
+                                  step, write_meta_graph=False)
+    found = self._evaluate(checkpoint, step)
+    if self._best is None or _rank(found) > _rank(self._best):
+      self._keep(run_context.session, found)
+    tqdm.tqdm.write(
+        f'validation at step {step}: accuracy = {found["accuracy"]:.4f}, '
+        f'loss = {found["loss"]:.4f}{" (averages)" if found["uses_averages"] else ""}; '
+        f'best: {self._best["accuracy"]:.4f} at step {self._best["global_step"]}')
+    without_progress = (step - self._best['global_step']) // self._every_n_steps
+    if self._patience and without_progress >= self._patience and step != self._max_steps:
+      self.stopped_early = (
+          f'Stopped early: no better accuracy than {self._best["accuracy"]:.4f} of step '
+          f'{self._best["global_step"]} in {without_progress} evaluations')
+      run_context.request_stop()
+
+  def end(self, session):
+    self._writer.close()
+    self._evaluator.close()
+
+  def _evaluate(self, checkpoint, step):
+    """Returns the metrics of a checkpoint and adds them to TensorBoard."""
+    evaluation = self._evaluator(checkpoint)
+    computed = metrics.compute(evaluation.labels, evaluation.probabilities, evaluation.losses)
+    self._writer.add_summary(tf.Summary(value=[
+        # The tags of training: both curves share one chart.
+        tf.Summary.Value(tag='accuracy', simple_value=computed.accuracy),
+        tf.Summary.Value(tag='losses/cross_entropy', simple_value=computed.loss),
+    ]), step)
+    self._writer.flush()
+    return {**metrics.to_dict(computed, self._config.class_names), 'global_step': step,
+            'uses_averages': evaluation.uses_averages}
+
+  def _keep(self, session, found):
+    os.makedirs(self._best_dir, exist_ok=True)
+    checkpoints.save_config(self._config, self._best_dir)
+    self._best_saver.save(session, os.path.join(self._best_dir, 'model.ckpt'),
+                          found['global_step'], write_meta_graph=False)
+    files.write_atomically(os.path.join(self._best_dir, METRICS_FILE),
+                       (json.dumps(found, indent=2) + '\n').encode())
+    self._best = found
+
+
+def read_best(log_dir):
+  """Returns global_step, accuracy and loss of the best checkpoint of log_dir; None without one.
+
+  Raises:
+    checkpoints.CheckpointError: they cannot be read.
+  """
+  best_dir = os.path.join(log_dir, BEST_DIR)
+  try:
+    with open(os.path.join(best_dir, METRICS_FILE), encoding='utf-8') as f:
+      found = json.load(f)
+      return {name: found[name] for name in ('global_step', 'accuracy', 'loss')}
+  except FileNotFoundError:
+    return None
+  except (ValueError, KeyError) as error:
+    raise checkpoints.CheckpointError(
+        f'{best_dir}/{METRICS_FILE} cannot be read ({error}): remove {best_dir}, '
+        'or choose another --log_dir') from error
+
+
+def _rank(found):
+  return found['accuracy'], -found['loss']

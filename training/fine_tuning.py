@@ -1,0 +1,119 @@
+"""Training that starts from another run's weights, or trains a part of the network only.
+
+Scopes are beginnings of variable names, as in TF-Slim's training script:
+`Xception/block14` means every layer whose name starts so.
+"""
+
+import collections
+
+import slim_bridge  # noqa: F401, before TensorFlow: see there
+
+import tensorflow.compat.v1 as tf
+import tf_slim as slim
+
+from common import checkpoints
+
+HEAD_SCOPE = 'Xception/Logits'
+
+Restoration = collections.namedtuple('Restoration', [
+    'init_fn',  # function of a Scaffold and a session, restores the weights
+    'report',  # sentence that tells what was restored and what was left out
+])
+
+
+def trainable_variables(trainable_scopes=()):
+  """Returns the trainable variables of the default graph that are in the scopes; () is all.
+
+  Raises:
+    checkpoints.CheckpointError: a scope has no trainable variable.
+  """
+  variables = tf.trainable_variables()
+  _require_known(trainable_scopes, variables, '--trainable_scopes')
+  return [variable for variable in variables
+          if not trainable_scopes or variable.op.name.startswith(tuple(trainable_scopes))]
+
+
+def moving_statistics(trainable_scopes=()):
+  """Returns the moving means and variances that training changes; () is all."""
+  trainable = {variable.ref() for variable in tf.trainable_variables()}
+  return [variable for variable in slim.get_model_variables()
+          if variable.ref() not in trainable
+          and (not trainable_scopes or variable.op.name.startswith(tuple(trainable_scopes)))]
+
+
+def arg_scope(trainable_scopes=()):
+  """Returns an arg scope, for inside `xception_arg_scope()`, that freezes the other batch norms.
+
+  A batch norm outside of the scopes uses its moving statistics and leaves them
+  as they are: the layers behind it see what they will see at evaluation.
+  """
+  def batch_norm(inputs, **kwargs):
+    if not tf.get_variable_scope().name.startswith(tuple(trainable_scopes)):
+      kwargs['is_training'] = False
+    return slim.batch_norm(inputs, **kwargs)
+
+  if not trainable_scopes:
+    return slim.arg_scope([])
+  return slim.arg_scope([slim.conv2d, slim.separable_conv2d], normalizer_fn=batch_norm)
+
+
+def restore(checkpoint_path, exclude_scopes=(), ignore_missing_vars=False):
+  """Prepares the weights of the default graph's network to come from a checkpoint.
+
+  The head is left out if its number of classes is another one.
+
+  Args:
+    checkpoint_path: a checkpoint, or a folder whose newest one is meant.
+    exclude_scopes: scopes of variables to leave as they are initialized.
+    ignore_missing_vars: whether variables that the checkpoint lacks are left
+      so too; otherwise they are an error.
+
+  Returns:
+    A Restoration.
+
+  Raises:
+    checkpoints.CheckpointError: no checkpoint, one that lacks variables or
+      whose variables have other shapes, or a scope without a variable.
+  """
+  checkpoint = checkpoints.find(None, checkpoint_path)
+  stored = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
+  variables = slim.get_model_variables()
+  _require_known(exclude_scopes, variables, '--checkpoint_exclude_scopes')
+  wanted = [variable for variable in variables
+            if not variable.op.name.startswith(tuple(exclude_scopes))]
+  found = [variable for variable in wanted if variable.op.name in stored]
+  missing = [variable.op.name for variable in wanted if variable.op.name not in stored]
+  others = [variable for variable in found if variable.shape != stored[variable.op.name]]
+  misfits = [v for v in others if not v.op.name.startswith(HEAD_SCOPE)]
+  if misfits:
+    name = misfits[0].op.name
+    raise checkpoints.CheckpointError(
+        f'{checkpoint} is of another network: {len(misfits)} variables have other shapes, '
+        f'{name} is {stored[name]} there and {misfits[0].shape.as_list()} here. Is '
+        '--depth_multiplier the same?')
+  if missing and (not ignore_missing_vars or len(missing) == len(wanted)):
+    raise checkpoints.CheckpointError(
+        f'{checkpoint} lacks {len(missing)} of {len(wanted)} variables, the first is '
+        f'{missing[0]}. Leave them out with --checkpoint_exclude_scopes or '
+        '--ignore_missing_vars')
+
+  restored = [variable for variable in found if variable not in others]
+  if not restored:
+    raise checkpoints.CheckpointError(f'Nothing is left to restore from {checkpoint}')
+  saver = tf.train.Saver(restored)
+  report = f'Starting from {len(restored)} of {len(variables)} variables of {checkpoint}'
+  if others:
+    head = others[0]
+    report += (f'; its head is left out: {stored[head.op.name][-1]} classes there, '
+               f'{head.shape.as_list()[-1]} here')
+  if missing:
+    report += f'; {len(missing)} are not there, the first is {missing[0]}'
+  return Restoration(lambda scaffold, session: saver.restore(session, checkpoint), report)
+
+
+def _require_known(scopes, variables, option):
+  for scope in scopes:
+    if not any(variable.op.name.startswith(scope) for variable in variables):
+      raise checkpoints.CheckpointError(
+          f'{option} {scope}: no variable begins so. Layers are called like '
+          f'{variables[0].op.name.rpartition("/")[0]} and {HEAD_SCOPE}')

@@ -1,0 +1,250 @@
+"""Session hooks that show a training run's progress and stop it in good order."""
+
+import functools
+import os
+import signal
+import sys
+import time
+
+import tensorflow.compat.v1 as tf
+from tensorflow.python.client import timeline
+import tqdm
+
+from common import files
+from records import flowers
+
+
+class ProgressHook(tf.train.SessionRunHook):
+  """Shows loss, accuracy and images a second: a bar on a terminal, else log lines.
+
+  The figures of a line are means over the steps since the line before. Images a
+  second go to TensorBoard too.
+  """
+
+  def __init__(self, global_step, loss, accuracy, batch_size, num_towers, num_samples,
+               max_steps, log_every_n_steps, summary_writer):
+    """Initializes the hook.
+
+    Args:
+      global_step: int64 [], as it is after the step.
+      loss, accuracy: float32 [], of the step.
+      batch_size: images per step, summed over towers.
+      num_towers: number of towers that share them.
+      num_samples: images per epoch.
+      max_steps: the step that training ends with.
+      log_every_n_steps: steps between two lines.
+      summary_writer: tf.summary.FileWriter.
+    """
+    self._fetches = {'step': global_step, 'loss': loss, 'accuracy': accuracy}
+    self._batch_size = batch_size
+    self._num_towers = num_towers
+    self._num_samples = num_samples
+    self._max_steps = max_steps
+    self._log_every_n_steps = log_every_n_steps
+    self._summary_writer = summary_writer
+    self._bar = None
+
+  def after_create_session(self, session, coord):
+    # The variable itself: the fetch would take a step.
+    self._step = session.run(tf.train.get_global_step())
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(total=self._max_steps * self._batch_size,
+                            initial=self._step * self._batch_size,
+                            unit=' images', dynamic_ncols=True)
+    self._start_interval()
+
+  def before_run(self, run_context):
+    return tf.train.SessionRunArgs(self._fetches)
+
+  def after_run(self, run_context, run_values):
+    values = run_values.results
+    self._step = int(values['step'])
+    self._losses.append(values['loss'])
+    self._accuracies.append(values['accuracy'])
+    if self._bar is not None:
+      self._bar.update(self._batch_size)
+    if self._step % self._log_every_n_steps == 0 or self._step == self._max_steps:
+      self._report()
+      self._start_interval()
+
+  def end(self, session):
+    if self._bar is not None:
+      self._bar.close()
+
+  def _start_interval(self):
+    self._losses, self._accuracies = [], []
+    self._interval_start = time.perf_counter()
+
+  def _report(self):
+    steps = len(self._losses)
+    seconds_per_step = (time.perf_counter() - self._interval_start) / steps
+    images_per_second = self._batch_size / seconds_per_step
+    loss = sum(self._losses) / steps
+    accuracy = sum(self._accuracies) / steps
+    epoch = self._step * self._batch_size / self._num_samples
+    self._summary_writer.add_summary(
+        tf.Summary(value=[tf.Summary.Value(tag='images_per_second',
+                                           simple_value=images_per_second)]), self._step)
+    if self._bar is not None:
+      self._bar.set_postfix_str(f'epoch {epoch:.1f}, loss {loss:.4f}, accuracy {accuracy:.3f}')
+      return
+    remaining = time.strftime(
+        '%H:%M:%S', time.gmtime((self._max_steps - self._step) * seconds_per_step))
+    per_tower = (f', {images_per_second / self._num_towers:.1f} per tower'
+                 if self._num_towers > 1 else '')
+    print(f'global step {self._step}/{self._max_steps}: loss = {loss:.4f}, '
+          f'accuracy = {accuracy:.3f} ({seconds_per_step:.3f} sec/step, '
+          f'{images_per_second:.1f} images/sec{per_tower}, epoch {epoch:.2f}, '
+          f'{remaining} left)', flush=True)
+
+
+class BadRecordsHook(tf.train.SessionRunHook):
+  """Counts the records that the input pipeline passed over, and stops if they are too many.
+
+  Which ones they are follows from the positions that are missing in this
+  worker's row. Each record counts once, however often it comes round.
+
+  Attributes:
+    too_many: why training was stopped, or None.
+  """
+
+  def __init__(self, global_step, positions, dataset, seed, first_image, batch_size, workers,
+               max_bad_fraction, summary_writer):
+    """Initializes the hook.
+
+    Args:
+      global_step: int64 [], as it is after the step.
+      positions: int64 [images of this worker], from `flowers.load_numbered_batch`.
+      dataset, seed, first_image, batch_size: what it was called with.
+      workers: cluster.Workers or SingleWorker, who stop together.
+      max_bad_fraction: share of the records that may be bad, in [0, 1).
+      summary_writer: tf.summary.FileWriter.
+    """
+    self.too_many = None
+    self._fetches = [global_step, positions]
+    self._dataset = dataset
+    self._seed = seed
+    self._position = functools.partial(
+        flowers.training_position, first_image=first_image, batch_size=batch_size,
+        worker=workers.index, num_workers=workers.size)
+    self._next_index = 0  # in this worker's row
+    self._workers = workers
+    self._max_bad = max_bad_fraction * dataset.num_samples
+    self._summary_writer = summary_writer
+    self._bad_numbers = set()
+
+  def before_run(self, run_context):
+    return tf.train.SessionRunArgs(self._fetches)
+
+  def after_run(self, run_context, run_values):
+    step, positions = run_values.results
+    missing = self._find_missing(positions)
+    if missing:
+      for position in missing:
+        self._count(flowers.record_number(position, self._dataset.num_samples, self._seed))
+      self._summary_writer.add_summary(
+          tf.Summary(value=[tf.Summary.Value(tag='bad_records',
+                                             simple_value=len(self._bad_numbers))]), step)
+      if len(self._bad_numbers) > self._max_bad:
+        self.too_many = (
+            f'{len(self._bad_numbers)} of {self._dataset.num_samples} records are bad, more '
+            'than --max_bad_fraction allows. Make the dataset again, or allow more')
+        self._workers.request_stop(run_context)
+
+  def end(self, session):
+    if self._bad_numbers:
+      print(f'Bad records passed over: {len(self._bad_numbers)}', file=sys.stderr)
+
+  def _find_missing(self, positions):
+    """Returns the positions that were passed over to get to these."""
+    missing = []
+    for position in positions:
+      while (expected := self._position(self._next_index)) != position:
+        missing.append(expected)
+        self._next_index += 1
+      self._next_index += 1
+    return missing
+
+  def _count(self, number):
+    if number in self._bad_numbers:
+      return
+    self._bad_numbers.add(number)
+    if len(self._bad_numbers) <= flowers.MAX_NAMED_BAD_RECORDS:
+      print(f'Warning: passing over {flowers.describe_bad_record(self._dataset, number)}',
+            file=sys.stderr, flush=True)
+
+
+class ProfileHook(tf.train.SessionRunHook):
+  """Traces chosen steps: into TensorBoard's graph, and as files for ui.perfetto.dev.
+
+  `timeline-100.json` in the log folder tells when each op of step 100 ran where.
+  """
+
+  def __init__(self, global_step, steps, log_dir, summary_writer):
+    """Initializes the hook.
+
+    Args:
+      global_step: int64 [], as it is after the step.
+      steps: the steps to trace.
+      log_dir: folder of the files.
+      summary_writer: tf.summary.FileWriter.
+    """
+    self._global_step = global_step
+    self._steps = set(steps)
+    self._log_dir = log_dir
+    self._summary_writer = summary_writer
+
+  def after_create_session(self, session, coord):
+    self._step = session.run(tf.train.get_global_step())
+
+  def before_run(self, run_context):
+    trace = None
+    if self._step + 1 in self._steps:
+      trace = tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE)
+    return tf.train.SessionRunArgs(self._global_step, options=trace)
+
+  def after_run(self, run_context, run_values):
+    self._step = int(run_values.results)
+    if self._step not in self._steps:
+      return
+    trace = timeline.Timeline(run_values.run_metadata.step_stats).generate_chrome_trace_format()
+    files.write_atomically(os.path.join(self._log_dir, f'timeline-{self._step}.json'),
+                       trace.encode())
+    self._summary_writer.add_run_metadata(run_values.run_metadata, f'step {self._step}',
+                                          self._step)
+
+
+class StopOnSignalHook(tf.train.SessionRunHook):
+  """Ends training after the running step on Ctrl-C or SIGTERM, so that it is saved.
+
+  A second signal ends the process at once; the last checkpoint stays whole.
+
+  Attributes:
+    received: the signal's name like 'SIGINT', or None.
+  """
+
+  def __init__(self, workers):
+    """Initializes the hook; `workers` are cluster.Workers or SingleWorker, who stop together."""
+    self.received = None
+    self._workers = workers
+
+  def begin(self):
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(signal_number, self._receive)
+
+  def after_run(self, run_context, run_values):
+    if self.received:
+      self._workers.request_stop(run_context)
+
+  def end(self, session):
+    self._restore_defaults()
+
+  def _receive(self, signal_number, frame):
+    self.received = signal.Signals(signal_number).name
+    self._restore_defaults()
+    print(f'\n{self.received}: finishing this step, then saving. '
+          'Once more ends at once, without saving.', file=sys.stderr, flush=True)
+
+  def _restore_defaults(self):
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(signal_number, signal.SIG_DFL)

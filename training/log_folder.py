@@ -1,0 +1,126 @@
+"""The log folder of a training run: its lock, its model, and what each start was made with."""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+from common import checkpoints
+from common import files
+
+LOCK_FILE = 'train.lock'
+RUNS_FILE = 'runs.jsonl'
+
+
+class LockedError(Exception):
+  """Another process trains in the log folder."""
+
+
+@contextlib.contextmanager
+def lock(log_dir):
+  """Keeps every other training out of log_dir, which is created, while the context lasts.
+
+  The system lets go of the lock however the process ends, kill -9 included.
+
+  Yields:
+    log_dir.
+
+  Raises:
+    LockedError: another process holds it.
+  """
+  os.makedirs(log_dir, exist_ok=True)
+  with open(os.path.join(log_dir, LOCK_FILE), 'a+', encoding='utf-8') as f:
+    try:
+      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      f.seek(0)
+      raise LockedError(f'Process {f.read().strip() or "(unknown)"} is training in {log_dir}: '
+                        'wait for it, stop it, or choose another --log_dir') from error
+    f.truncate(0)
+    f.write(f'{os.getpid()}\n')
+    f.flush()
+    yield log_dir
+
+
+def scratch():
+  """Returns a context: a folder, removed at its end, of a worker that does not keep anything."""
+  return tempfile.TemporaryDirectory(prefix='train_flowers_')
+
+
+def load_or_create_config(dataset, log_dir, checkpoint, image_size, depth_multiplier, seed):
+  """Stores what is trained in log_dir, or checks it against what is stored there.
+
+  Args:
+    dataset: slim Dataset of the training split.
+    log_dir: folder of the checkpoints.
+    checkpoint: the checkpoint in log_dir that training resumes from, or None.
+    image_size, depth_multiplier: as asked on the command line.
+    seed: int; None is drawn, or taken from log_dir.
+
+  Returns:
+    A ModelConfig.
+
+  Raises:
+    checkpoints.CheckpointError: log_dir holds checkpoints of another model.
+  """
+  found = checkpoints.load_config(checkpoint) if checkpoint else None
+  if seed is None:
+    seed = found.seed if found else random.randrange(2**31)
+  config = checkpoints.ModelConfig(
+      class_names=[dataset.labels_to_names[i] for i in range(dataset.num_classes)],
+      image_size=image_size, depth_multiplier=depth_multiplier, seed=seed)
+  if found:
+    checkpoints.check_same_model(config, found, log_dir)
+  else:
+    checkpoints.save_config(config, log_dir)
+  return config
+
+
+def record_start(log_dir, start_step, devices, summary_writer):
+  """Adds what this run was started with to runs.jsonl and, as text, to TensorBoard.
+
+  Args:
+    log_dir: folder of the run.
+    start_step: the step that it starts from.
+    devices: device of each tower.
+    summary_writer: tf.summary.FileWriter.
+  """
+  run = {
+      'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+      'start_step': start_step,
+      'command': sys.argv,
+      'devices': list(devices),
+      'physical_devices': [device.name for device in tf.config.list_physical_devices()],
+      'git': _git_state(),
+      'python': platform.python_version(),
+      'tensorflow': tf.__version__,
+      'numpy': np.__version__,
+      'platform': platform.platform(),
+  }
+  with open(os.path.join(log_dir, RUNS_FILE), 'a', encoding='utf-8') as f:
+    f.write(json.dumps(run) + '\n')
+  rows = ''.join(f'| {name} | {value} |\n' for name, value in run.items())
+  metadata = tf.SummaryMetadata(plugin_data=tf.SummaryMetadata.PluginData(plugin_name='text'))
+  summary_writer.add_summary(tf.Summary(value=[tf.Summary.Value(
+      tag='run', metadata=metadata,
+      tensor=tf.make_tensor_proto(f'| | |\n|---|---|\n{rows}', tf.string))]), start_step)
+
+
+def _git_state():
+  """Returns the commit of the scripts, with + if files differ from it; None without git."""
+  def git(*args):
+    return subprocess.run(['git', '-C', files.PROJECT_DIR, *args], check=True, capture_output=True,
+                          text=True).stdout.strip()
+  try:
+    return git('rev-parse', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
+  except (OSError, subprocess.CalledProcessError):
+    return None

@@ -1,0 +1,228 @@
+"""One training step, from a batch of images to updated weights, and the loop that runs it.
+
+  images, labels, positions = flowers.load_numbered_batch(...)
+  train_step = step.build_train_step(images, labels, positions, loss_fn, optimizer, ...)
+  reached, stopped_by = step.run_training(train_step, hooks, ...)
+"""
+
+import collections
+
+import slim_bridge  # noqa: F401, before TensorFlow: see there
+
+import tensorflow.compat.v1 as tf
+import tf_slim as slim
+
+from common import checkpoints
+from cpu_kernels import operations
+from deployment import cluster
+from deployment import precision
+from deployment import towers
+from training import fine_tuning
+from training import hooks as training_hooks
+from training import optimization
+import xception
+
+MAX_IMAGE_SUMMARIES = 4
+SAVE_OPS = ('SaveV2', 'MergeV2Checkpoints')
+
+TrainStep = collections.namedtuple('TrainStep', [
+    'train_op',  # runs one update of the weights
+    'global_step',  # int64 [], its value after train_op
+    'loss',  # float32 [], including regularization, before the update
+    'accuracy',  # float32 [], top-1 of the batch
+    'positions',  # int64 [images of this worker], in the endless sequence of images
+    'finite_check',  # the op that fails if the loss or a gradient is not finite
+    'scalar_summaries',  # string []
+    'image_summaries',  # string []
+    'histogram_summaries',  # string [], of weights and gradients
+])
+
+
+class TrainingError(Exception):
+  """Training cannot start or continue; the message says why and what to do."""
+
+
+def tower_loss(images, labels, positions, num_classes, is_training, depth_multiplier,
+               dropout_keep_prob, label_smoothing, seed, class_weights=None):
+  """Runs the network on one tower's images.
+
+  Args:
+    images: float32 [batch, height, width, 3] in [-1, 1].
+    labels: int64 [batch] in [0, num_classes).
+    positions: int64 [batch], the images' positions in the endless sequence.
+    num_classes, is_training, depth_multiplier, dropout_keep_prob: see
+      `xception.xception`.
+    label_smoothing: float in [0, 1), share of the label spread over all classes.
+    seed: int, seed of dropout, which also depends on the position.
+    class_weights: list of num_classes floats that multiply the images' losses,
+      or None.
+
+  Returns:
+    cross_entropy: float32 [], mean over the images, without regularization.
+    accuracy: float32 [], top-1, in [0, 1].
+  """
+  logits, _ = xception.xception(
+      images, num_classes, is_training, dropout_keep_prob,
+      dropout_seed=tf.stack([tf.constant(seed, tf.int64), positions[0]]),
+      depth_multiplier=depth_multiplier)
+  cross_entropy = tf.losses.softmax_cross_entropy(
+      tf.one_hot(labels, num_classes), logits, label_smoothing=label_smoothing,
+      weights=tf.gather(class_weights, labels) if class_weights else 1.0,
+      loss_collection=None, reduction=tf.losses.Reduction.SUM_OVER_BATCH_SIZE)
+  correct = tf.equal(tf.argmax(logits, 1), labels)
+  return cross_entropy, tf.reduce_mean(tf.cast(correct, tf.float32))
+
+
+def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rate, devices,
+                     global_step, accumulate_steps=1, clip_gradient_norm=0.0,
+                     moving_average_decay=0.0, trainable_scopes=(),
+                     workers=cluster.SingleWorker(), all_reduce_precision='float32'):
+  """Builds one step: towers, averaged gradients, the update of the weights.
+
+  Args:
+    images, labels, positions: this worker's part of the global batch, from
+      `flowers.load_numbered_batch`.
+    loss_fn: `tower_loss` with all arguments bound but images, labels and positions.
+    optimizer: tf.train.Optimizer.
+    learning_rate: float32 [], for the summaries.
+    devices: device of each tower.
+    global_step: int64 [] variable, incremented by the step.
+    accumulate_steps: int, number of parts in which a tower computes its images.
+    clip_gradient_norm, moving_average_decay: see `optimization.Recipe`.
+    trainable_scopes: see `fine_tuning`.
+    workers: cluster.Workers or SingleWorker.
+    all_reduce_precision: see `workers.average`.
+
+  Returns:
+    A TrainStep.
+  """
+  def tower(*tower_batch):
+    with operations.replace_slow_operations():
+      cross_entropy, accuracy = loss_fn(*tower_batch)
+    variables = fine_tuning.trainable_variables(trainable_scopes)
+    return cross_entropy, accuracy, optimizer.compute_gradients(cross_entropy, variables)
+
+  losses, accuracies, tower_gradients = zip(*towers.replicate(
+      towers.accumulate(tower, accumulate_steps), devices, images, labels, positions))
+
+  with tf.device(towers.variables_device(devices)):
+    # Every tower waits here for the slowest one.
+    gradients, variables = zip(*towers.average_gradients(tower_gradients))
+    # And every worker here.
+    gradients = list(zip(workers.average(gradients, all_reduce_precision), variables))
+    cross_entropy, accuracy, last_position = workers.reduce_step(
+        tf.add_n(losses) / len(losses), tf.add_n(accuracies) / len(accuracies), positions[-1])
+    gradients, regularization = _add_regularization(gradients)
+    loss = tf.add(cross_entropy, regularization, name='total_loss')
+    gradient_norm = tf.global_norm([gradient for gradient, _ in gradients])
+    # Checked before the update: weights that are saved are never NaN.
+    finite_check = tf.debugging.check_numerics(
+        loss if precision.scales_loss(optimizer) else loss + gradient_norm,
+        'loss or gradient', name='finite_check')
+    statistics_updates = workers.average_variables(
+        fine_tuning.moving_statistics(trainable_scopes), towers.first_tower_updates())
+    with tf.control_dependencies([finite_check, *statistics_updates]):
+      train_op = _build_update(
+          optimizer, optimization.clip_gradients(gradients, gradient_norm, clip_gradient_norm),
+          global_step, last_position + 1, moving_average_decay)
+    with tf.control_dependencies([train_op]):
+      step_after = global_step.read_value()
+
+  scalars = {'losses/total_loss': loss, 'losses/cross_entropy': cross_entropy,
+             'losses/regularization': regularization, 'accuracy': accuracy,
+             'learning_rate': learning_rate, 'gradient_norm': gradient_norm}
+  return TrainStep(train_op, step_after, loss, accuracy, positions, finite_check.op,
+                   *_build_summaries(scalars, images, gradients))
+
+
+def _add_regularization(gradients):
+  """Adds the L2 loss's gradients once, since all towers share the weights.
+
+  Returns:
+    List of (gradient, variable) pairs, and the L2 loss, float32 [].
+  """
+  regularization = tf.losses.get_regularization_loss()
+  decays = tf.gradients(regularization, [variable for _, variable in gradients])
+  return [(gradient if decay is None else gradient + decay, variable)
+          for (gradient, variable), decay in zip(gradients, decays)], regularization
+
+
+def _build_update(optimizer, gradients, global_step, next_image, moving_average_decay):
+  """Returns the op that updates weights, averages, step and position in the data."""
+  # Saved with the weights: the image that a resumed run continues with.
+  next_image_variable = tf.get_variable(checkpoints.NEXT_IMAGE, [], tf.int64,
+                                        tf.zeros_initializer(), trainable=False)
+  train_op = tf.group(next_image_variable.assign(next_image),
+                      optimizer.apply_gradients(gradients, global_step))
+  if moving_average_decay:
+    averages = tf.train.ExponentialMovingAverage(moving_average_decay, global_step)
+    with tf.control_dependencies([train_op]):
+      train_op = averages.apply(slim.get_model_variables())
+  return train_op
+
+
+def _build_summaries(scalars, images, gradients):
+  """Returns the scalar, image and histogram summaries of a step, string [] each."""
+  return (
+      tf.summary.merge([tf.summary.scalar(name, scalar) for name, scalar in scalars.items()]),
+      tf.summary.image('distorted_images', images, MAX_IMAGE_SUMMARIES),
+      tf.summary.merge([tf.summary.histogram(f'{kind}/{variable.op.name}', tensor)
+                        for gradient, variable in gradients
+                        for kind, tensor in (('weights', variable), ('gradients', gradient))]))
+
+
+def run_training(train_step, hooks, log_dir, session_config, start_step, max_steps, scaffold,
+                 workers):
+  """Runs training steps until max_steps or a signal.
+
+  Args:
+    train_step: TrainStep of the default graph.
+    hooks: session hooks.
+    log_dir: folder of checkpoints and events; a checkpoint in it is restored.
+    session_config: tf.ConfigProto.
+    start_step, max_steps: the steps at which training starts and ends.
+    scaffold: tf.train.Scaffold; its init_fn restores weights from elsewhere if
+      log_dir holds no checkpoint.
+    workers: cluster.Workers or SingleWorker.
+
+  Returns:
+    The step reached, and the name of the signal or the worker that ended
+    training, or None.
+
+  Raises:
+    TrainingError: the loss or a gradient was not finite, or saving failed.
+    cluster.ClusterError: another worker is gone.
+  """
+  stop_on_signal = training_hooks.StopOnSignalHook(workers)
+  hooks = [stop_on_signal, tf.train.StopAtStepHook(last_step=max_steps), *hooks]
+  reached = start_step
+  try:
+    # No MonitoredSession: it would recreate its session for ever once another worker is gone.
+    with tf.train.SingularMonitoredSession(
+        hooks, scaffold, workers.master, session_config, checkpoint_dir=log_dir) as session:
+      while not session.should_stop():
+        _, reached = session.run([train_step.train_op, train_step.global_step])
+  except tf.errors.OpError as error:
+    if explained := _explain(error, train_step, log_dir, reached, workers):
+      raise explained from error
+    raise
+  return reached, stop_on_signal.received or workers.stopped_by
+
+
+def _explain(error, train_step, log_dir, reached, workers):
+  """Returns the exception that tells a user what a failed session means, or None."""
+  if error.op is train_step.finite_check:
+    in_log_dir = f' in {log_dir}' if workers.is_chief else ''
+    return TrainingError(
+        f'The loss or a gradient is not finite at step {reached + 1}. The weights were '
+        f'not updated with it; the last checkpoint{in_log_dir} is good. A smaller '
+        '--learning_rate may help')
+  # What fails outside of a session has no op: it is a file.
+  if error.op is None or error.op.type in SAVE_OPS:
+    return TrainingError(
+        f'Cannot save in {log_dir}: {error.message.splitlines()[0]}. The '
+        'checkpoint before it is whole: make room, then resume with the same command')
+  if error.op.type == 'RestoreV2':
+    return TrainingError(f'Cannot restore the newest checkpoint of {log_dir}: '
+                         f'{error.message.splitlines()[0]}')
+  return workers.explain(error)
