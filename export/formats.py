@@ -1,6 +1,6 @@
 """Writes a frozen graph in the formats that other programs read.
 
-  graph_formats.FORMATS['onnx'].write(graph_def, 'frozen_model_xception.onnx')
+  formats.FORMATS['onnx'].write(graph_def, 'frozen_model_xception.onnx')
 """
 
 import collections
@@ -17,27 +17,27 @@ import xception_preprocessing
 
 ONNX_OPSET = 18
 
-# How far a format's probabilities may be from the checkpoint's.
+# Largest allowed difference between a format's probabilities and the checkpoint's.
 FLOAT32_BOUND, FLOAT16_BOUND, BFLOAT16_BOUND, INT8_BOUND = 1e-4, 1e-2, 2e-2, 5e-2
 
 Format = collections.namedtuple('Format', [
-    'suffix',  # takes the place of the .pb of --output_file
-    'bound',  # largest difference of a probability from the checkpoint's
-    'has_bfloat16',  # whether its operations come in bfloat16
+    'suffix',  # replaces the .pb of --output_file
+    'bound',  # largest allowed difference of a probability from the checkpoint's
+    'has_bfloat16',  # whether the format can hold bfloat16 operations
     'write',  # function of a tf.GraphDef with nodes `input` and `output`, and a path
 ])
 
 
 class FormatError(Exception):
-  """A format cannot be written; the message says what to install."""
+  """A format cannot be written because a package is missing."""
 
 
 def to_bfloat16(graph_def):
-  """Lets a folded graph compute in bfloat16 from its input to the global average pool.
+  """Converts a folded graph to bfloat16, from its input to the global average pool.
 
-  The graph is half the size, and runs fast on CPUs that have AVX512_BF16 or AMX.
-  The average, the logits and the softmax stay float32, where 8 bits of mantissa
-  would show.
+  The graph shrinks to half its size and runs fast on CPUs with AVX512_BF16 or
+  AMX. The average, the logits and the softmax stay in float32, because there the
+  8 bits of a bfloat16 mantissa would be visible in the probabilities.
 
   Args:
     graph_def: tf.GraphDef from `folding.fold`; it is not changed.
@@ -46,7 +46,7 @@ def to_bfloat16(graph_def):
     A tf.GraphDef with the same input and output.
   """
   converted = tf.GraphDef(versions=graph_def.versions)
-  renamed = {}  # tensor of the old graph -> the same in the type that is wanted
+  renamed = {}  # name of a tensor -> name of its cast to the wanted type
 
   def add_cast(tensor, old_type, new_type):
     renamed[tensor] = f'{tensor}/{new_type.name}'
@@ -54,16 +54,16 @@ def to_bfloat16(graph_def):
         'SrcT': tf.AttrValue(type=old_type.as_datatype_enum),
         'DstT': tf.AttrValue(type=new_type.as_datatype_enum)})
 
-  is_behind_pool = False
+  is_past_pool = False
   for node in graph_def.node:
     if node.op == 'Mean':
-      is_behind_pool = True
+      is_past_pool = True
       add_cast(node.input[0], tf.bfloat16, tf.float32)
     tensors = [renamed.get(tensor, tensor) for tensor in node.input]
     node = converted.node.add(name=node.name, op=node.op, input=tensors, attr=node.attr)
     if node.op == 'Placeholder':
       add_cast(node.name, tf.float32, tf.bfloat16)
-    elif not is_behind_pool:
+    elif not is_past_pool:
       _set_bfloat16(node)
   return converted
 
@@ -79,18 +79,22 @@ def _set_bfloat16(node):
 
 
 def require_packages(formats, verify):
-  """Looks for what writes the formats, and with `verify` runs them, before any work is done.
+  """Checks that the packages needed to write the formats are installed, before any work is done.
+
+  Args:
+    formats: names of formats.
+    verify: whether the files will also be run, which needs more packages.
 
   Raises:
-    FormatError: it is not installed.
+    FormatError: a package is missing.
   """
-  wanted = ['tf2onnx'] + ['onnxruntime'] * verify if 'onnx' in formats else []
-  for package in wanted:
+  packages = ['tf2onnx'] + ['onnxruntime'] * verify if 'onnx' in formats else []
+  for package in packages:
     try:
       importlib.import_module(package)
     except ImportError as error:
       raise FormatError(f'--formats onnx needs {package}: pip install '
-                        f'{" ".join(wanted)} ({error})') from error
+                        f'{" ".join(packages)} ({error})') from error
 
 
 def _write_pb(graph_def, path):
@@ -99,12 +103,12 @@ def _write_pb(graph_def, path):
 
 
 def _write_saved_model(graph_def, path):
-  """Writes one network with two signatures: images, or encoded images, to probabilities."""
-  # TensorFlow alone reads it, in TensorFlow 2 as a tf.function.
+  """Writes one network with two signatures: probabilities of images, and of encoded images."""
+  # Only TensorFlow reads it, and TensorFlow 2 runs it as a tf.function.
   graph_def = folding.delay_biases(graph_def, models.OUTPUT_NODE)
   with tf.Graph().as_default(), tf.Session() as session:
     encoded, preprocessed = _encoded_images(_image_size(graph_def), 'encoded')
-    # Whoever feeds images cuts off what would have computed them.
+    # Feeding images bypasses the decoder.
     images = tf.placeholder_with_default(preprocessed, [None, *preprocessed.shape[1:]],
                                          name=models.IMAGES)
     probabilities = _import(graph_def, images)
@@ -126,7 +130,7 @@ def _signature(input_name, tensor, probabilities):
 
 
 def _write_jpeg_pb(graph_def, path):
-  """Writes a graph whose `input` is string [None], JPEG or PNG files' bytes."""
+  """Writes a graph whose `input`, string [None], takes the bytes of JPEG or PNG files."""
   with tf.Graph().as_default() as graph:
     _, images = _encoded_images(_image_size(graph_def), models.INPUT_NODE)
     tf.identity(_import(graph_def, images), name=models.OUTPUT_NODE)
@@ -135,7 +139,7 @@ def _write_jpeg_pb(graph_def, path):
 
 
 def _encoded_images(image_size, name):
-  """Returns a placeholder of encoded images, string [None], and the images as evaluated."""
+  """Returns a placeholder for encoded images, string [None], and the preprocessed images."""
   encoded = tf.placeholder(tf.string, [None], name=name)
   return encoded, tf.map_fn(
       lambda content: xception_preprocessing.preprocess_for_eval(
@@ -149,7 +153,7 @@ def _image_size(graph_def):
 
 
 def _import(graph_def, images):
-  """Adds a frozen graph to the default one; returns its output."""
+  """Imports a frozen graph into the default graph; returns its output."""
   output, = tf.import_graph_def(
       graph_def, {f'{models.INPUT_NODE}:0': images},
       [f'{models.OUTPUT_NODE}:0'], name='network')
@@ -157,7 +161,7 @@ def _import(graph_def, images):
 
 
 def _tflite_writer(optimizations=(), supported_types=()):
-  """Returns a function that writes TFLite with the converter's settings."""
+  """Returns a function that writes TFLite with these settings of the converter."""
   def write(graph_def, path):
     with tf.Graph().as_default(), tf.Session() as session:
       images, output = tf.import_graph_def(graph_def, return_elements=[
@@ -178,7 +182,7 @@ def _write_onnx(graph_def, path):
       graph_def, input_names=[f'{models.INPUT_NODE}:0'],
       output_names=[f'{models.OUTPUT_NODE}:0'], opset=ONNX_OPSET)
   graph = model.graph
-  # ONNX has no ":0", and shows the unknown batch size as unk__678.
+  # tf2onnx keeps TensorFlow's ":0" and calls the unknown batch size unk__678.
   names = {value.name: value.name.removesuffix(':0') for value in (*graph.input, *graph.output)}
   for node in graph.node:
     node.input[:] = [names.get(name, name) for name in node.input]
@@ -196,7 +200,7 @@ FORMATS = {
     'tflite': Format('.tflite', FLOAT32_BOUND, False, _tflite_writer()),
     'tflite_float16': Format('_float16.tflite', FLOAT16_BOUND, False, _tflite_writer(
         [tf.lite.Optimize.DEFAULT], [tf.float16])),
-    # Weights in 8 bits, arithmetic in float where that is more exact ("dynamic range").
+    # Dynamic range: 8-bit weights, float activations in the file.
     'tflite_int8': Format('_int8.tflite', INT8_BOUND, False, _tflite_writer(
         [tf.lite.Optimize.DEFAULT])),
     'onnx': Format('.onnx', FLOAT32_BOUND, False, _write_onnx),

@@ -1,14 +1,14 @@
-"""Loads a model that write_pb.py wrote, in any of its formats, and runs it on images.
+"""Loads a model that write_pb.py wrote, in any format, and runs it on images.
 
-  model = frozen_models.load('frozen_model_xception.tflite')
+  model = models.load('frozen_model_xception.tflite')
   probabilities = model.predict(images)
 
-Every format is run by its own runtime: .pb and SavedModel by TensorFlow, .tflite
-by LiteRT (`pip install ai-edge-litert`; TensorFlow's own interpreter without it),
-.onnx by ONNX Runtime (`pip install onnxruntime`).
+Each format runs in its own runtime: .pb and SavedModel in TensorFlow, .tflite in
+LiteRT (`pip install ai-edge-litert`) or else TensorFlow's own interpreter, .onnx
+in ONNX Runtime (`pip install onnxruntime`).
 
-A .pb or a SavedModel is a program: load only files that you or someone you trust
-made.
+A .pb or a SavedModel is a program: load only files made by you or by someone you
+trust.
 """
 
 import dataclasses
@@ -28,20 +28,20 @@ from common import files
 from records import flowers
 import xception_preprocessing
 
-# Names of nodes, or of their ONNX and SavedModel counterparts.
+# Names of graph nodes and of SavedModel inputs and outputs.
 INPUT_NODE = 'input'
 OUTPUT_NODE = 'output'
 IMAGES, ENCODED, PROBABILITIES = 'images', 'encoded', 'probabilities'
-ENCODED_SIGNATURE = 'encoded'  # beside serving_default, which takes images
+ENCODED_SIGNATURE = 'encoded'  # takes encoded images; serving_default takes pixels
 
-MODEL_FILE = 'model.json'  # what write_pb.py says of the files beside it
+MODEL_FILE = 'model.json'  # describes the models in its folder
 TFLITE_IDENTIFIER = b'TFL3'  # bytes 4 to 8 of every file
 
 PRECISIONS = ('float32', 'bfloat16')
 
 
 class ModelError(Exception):
-  """A model cannot be loaded; the message says why, and what to do."""
+  """A model cannot be loaded; the message says why and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +49,10 @@ class FrozenModel:
   """A model that is ready to run.
 
   Attributes:
-    class_names: names of the classes, from labels.txt beside the model.
-    image_size: height and width of its images; None if it takes encoded ones.
-    description: what model.json beside it says; no files without one.
+    class_names: names of the classes, from the labels.txt in its folder.
+    image_size: height and width of its images in pixels; None if it takes
+      encoded images.
+    description: content of the model.json in its folder; without one, {'files': []}.
   """
   class_names: list[str]
   image_size: int | None
@@ -59,25 +60,28 @@ class FrozenModel:
   _run: typing.Callable
 
   def predict(self, batch):
-    """Returns the probabilities of a batch, float32 [n, num_classes].
+    """Classifies a batch.
 
     Args:
-      batch: float32 [n, image_size, image_size, 3] in [-1, 1], n of 1 or more;
-        a list of n JPEG or PNG files' bytes if image_size is None.
+      batch: float32 [n, image_size, image_size, 3] in [-1, 1] with n >= 1; if
+        image_size is None, a list of the bytes of n JPEG or PNG files.
+
+    Returns:
+      The probabilities, float32 [n, num_classes].
     """
     if not len(batch):
-      raise ValueError('predict() needs one image or more, got an empty batch')
+      raise ValueError('predict() needs at least one image, got an empty batch')
     return self._run(batch)
 
 
 class Preprocessor:
-  """Turns an encoded image into a network's input, exactly as evaluation does."""
+  """Turns an encoded image into the network's input, exactly as evaluation does."""
 
   def __init__(self, image_size):
     with tf.Graph().as_default():
       self._encoded = tf.placeholder(tf.string, [])
-      # Cut before it is converted to float, not after, which gives the same
-      # pixels in a third less memory: a large image takes a gigabyte.
+      # Cropping before the conversion to float gives the same pixels in a third
+      # less memory; a large image takes a gigabyte.
       crop = tf.image.central_crop(xception_preprocessing.decode(self._encoded),
                                    xception_preprocessing.CENTRAL_FRACTION)
       self._image = xception_preprocessing.preprocess_for_eval(
@@ -85,25 +89,29 @@ class Preprocessor:
       self._session = tf.Session(config=tf.ConfigProto(device_count={'GPU': 0}))
 
   def __call__(self, encoded):
-    """Returns float32 [image_size, image_size, 3] in [-1, 1] for a JPEG or PNG file's bytes."""
+    """Returns float32 [image_size, image_size, 3] in [-1, 1].
+
+    Args:
+      encoded: bytes of a JPEG or PNG file.
+    """
     return self._session.run(self._image, {self._encoded: encoded})
 
 
 def load(path, precision='float32'):
-  """Loads a model; its name's ending tells the format.
+  """Loads a model.
 
   Args:
-    path: .tflite, .onnx, the folder of a SavedModel, or anything else, which is
-      taken for a frozen graph.
-    precision: 'bfloat16' lets TensorFlow compute a float32 graph in bfloat16.
+    path: a .tflite file, an .onnx file, the folder of a SavedModel, or a frozen
+      graph under any other name.
+    precision: 'bfloat16' makes TensorFlow run a float32 graph in bfloat16.
 
   Returns:
     A FrozenModel.
 
   Raises:
-    ModelError: the file is missing, damaged, or not the one that model.json
-      describes, its runtime is not installed, its format has no such precision,
-      or labels.txt does not fit.
+    ModelError: the file is missing, damaged or not the one that model.json
+      describes; its runtime is not installed or cannot run it in this precision;
+      or labels.txt is missing or names another number of classes.
   """
   if not os.path.exists(path):
     raise ModelError(f'There is no model {path}: write_pb.py writes one')
@@ -113,7 +121,7 @@ def load(path, precision='float32'):
     load_format = {'.tflite': _load_tflite, '.onnx': _load_onnx}.get(
         os.path.splitext(path)[1].lower(), _load_pb)
   if precision != 'float32' and load_format in (_load_tflite, _load_onnx):
-    raise ModelError(f'{path}: only .pb and SavedModel compute in {precision}')
+    raise ModelError(f'{path}: only .pb and SavedModel run in {precision}')
   description = _read_description(path)
   _check_sums(path, description)
   image_size, num_classes, run = load_format(path, precision)
@@ -122,7 +130,7 @@ def load(path, precision='float32'):
   try:
     class_names = flowers.read_labels_file(labels_file)
   except flowers.DatasetError as error:
-    raise ModelError(f'{path} needs the labels.txt that was written beside it: {error}') from error
+    raise ModelError(f'{path} needs the labels.txt that was written with it: {error}') from error
   if len(class_names) != num_classes:
     raise ModelError(f'{labels_file} names {len(class_names)} classes, but {path} '
                      f'has {num_classes}')
@@ -130,7 +138,7 @@ def load(path, precision='float32'):
 
 
 def files_below(path):
-  """Returns the files of a SavedModel's folder, sorted, or the file itself."""
+  """Returns the sorted files of a SavedModel's folder, or the one file of another format."""
   if not os.path.isdir(path):
     return [path]
   return sorted(os.path.join(folder, name)
@@ -138,37 +146,37 @@ def files_below(path):
 
 
 def num_bytes(path):
-  """Returns the size of a model in bytes, of all its files."""
+  """Returns the total size of a model's files in bytes."""
   return sum(os.path.getsize(file) for file in files_below(path))
 
 
 def _read_description(path):
-  """Returns what model.json beside a model says; without one, that there are no files."""
+  """Returns the content of the model.json in a model's folder, or {'files': []} without one."""
   try:
     with open(os.path.join(os.path.dirname(os.path.abspath(path)), MODEL_FILE),
               encoding='utf-8') as f:
       description = json.load(f)
     if not isinstance(description, dict):
-      raise ValueError(f'it must hold an object, not {description!r}')
+      raise ValueError(f'expected an object, got {description!r}')
     return description
   except FileNotFoundError:
     return {'files': []}
   except (OSError, ValueError) as error:
-    raise ModelError(f'{MODEL_FILE} beside {path} cannot be read: {error}') from error
+    raise ModelError(f'Cannot read the {MODEL_FILE} of {path}: {error}') from error
 
 
 def _check_sums(path, description):
-  """Compares a model with the sums in model.json: LiteRT crashes on a file cut short."""
+  """Compares a model's files with their SHA-256 in model.json."""
   path = os.path.abspath(path)
   folder = os.path.dirname(path)
   try:
     sums = {file['file']: file['sha256'] for file in description['files']}
   except (KeyError, TypeError) as error:
-    raise ModelError(f'{MODEL_FILE} beside {path} cannot be read: {error!r}') from error
+    raise ModelError(f'Cannot read the {MODEL_FILE} of {path}: {error!r}') from error
   for file in files_below(path):
     name = os.path.relpath(file, folder)
     if name in sums and sums[name] != files.sha256(file):
-      raise ModelError(f'{file} is damaged, or not the file that {MODEL_FILE} beside it '
+      raise ModelError(f'{file} is damaged or is not the file that its {MODEL_FILE} '
                        'describes: write it again with write_pb.py')
 
 
@@ -183,7 +191,7 @@ def _load_pb(path, precision):
     images = session.graph.get_tensor_by_name(f'{INPUT_NODE}:0')
     output = session.graph.get_tensor_by_name(f'{OUTPUT_NODE}:0')
   except (message.DecodeError, ValueError, KeyError, OSError) as error:
-    raise ModelError(f'{path} is no frozen graph of write_pb.py: {error}') from error
+    raise ModelError(f'{path} is not a frozen graph of write_pb.py: {error}') from error
   return *_sizes(images, output), _runner(session, images, output)
 
 
@@ -197,7 +205,7 @@ def _load_saved_model(path, precision):
     images = session.graph.get_tensor_by_name(signature.inputs[IMAGES].name)
     output = session.graph.get_tensor_by_name(signature.outputs[PROBABILITIES].name)
   except (OSError, RuntimeError, ValueError, KeyError, tf.errors.OpError) as error:
-    raise ModelError(f'{path} is no SavedModel of write_pb.py: {error}') from error
+    raise ModelError(f'{path} is not a SavedModel of write_pb.py: {error}') from error
   return *_sizes(images, output), _runner(session, images, output)
 
 
@@ -219,14 +227,14 @@ def _runner(session, images, output):
 
 
 def _load_tflite(path, precision):
-  del precision  # float32, or what the file says
+  del precision  # The file decides.
   with open(path, 'rb') as f:
     if f.read(8)[4:] != TFLITE_IDENTIFIER:
-      raise ModelError(f'{path} is no TFLite model')
+      raise ModelError(f'{path} is not a TFLite model')
   try:
     interpreter = _tflite_interpreter_class()(model_path=path, num_threads=os.cpu_count())
   except (ValueError, RuntimeError) as error:
-    raise ModelError(f'{path} is no TFLite model: {error}') from error
+    raise ModelError(f'{path} is not a TFLite model: {error}') from error
   images, output = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
 
   def run(batch):
@@ -250,7 +258,7 @@ def _tflite_interpreter_class():
 
 
 def _load_onnx(path, precision):
-  del precision  # float32, or what the file says
+  del precision  # The file decides.
   try:
     onnxruntime = importlib.import_module('onnxruntime')
   except ImportError as error:
@@ -258,8 +266,8 @@ def _load_onnx(path, precision):
   try:
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
   except Exception as error:  # pylint: disable=broad-except
-    # ONNX Runtime has a dozen exceptions, one for each of its status codes.
-    raise ModelError(f'{path} is no ONNX model: {error}') from error
+    # ONNX Runtime has a dozen unrelated exceptions, one for each status code.
+    raise ModelError(f'{path} is not an ONNX model: {error}') from error
   images, output = session.get_inputs()[0], session.get_outputs()[0]
   return images.shape[1], output.shape[-1], (
       lambda batch: session.run([output.name], {images.name: batch})[0])
