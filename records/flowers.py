@@ -1,12 +1,12 @@
-"""The flowers as TFRecords: their format, and the input pipeline that reads them.
+"""The dataset format and the input pipeline that reads it.
 
-A dataset is a folder of `flowers_train_00000-of-00002.tfrecord` files and their
-validation siblings beside `labels.txt`, whose lines `0:daisy` name the classes.
-Every record is a tf.train.Example with, for instance,
+A dataset is a folder of files like `flowers_train_00000-of-00002.tfrecord`, with
+the same for validation, and a `labels.txt` that names the classes in lines like
+`0:daisy`. Every record is a tf.train.Example, for instance
 
   image/encoded      b'\\xff\\xd8...'  the bytes of a JPEG or PNG file
   image/format       b'jpg'           or b'png'
-  image/class/label  3                an id of labels.txt
+  image/class/label  3                an id in labels.txt
   image/height       240              pixels
   image/width        320              pixels
 
@@ -32,13 +32,11 @@ SPLITS = ('train', 'validation')
 LABELS_FILE = 'labels.txt'
 DATASET_NAME = 'flowers'  # first part of the file names
 
-# Records that one call of Python reads: a call costs some 0.1 ms.
-READ_GROUP = 32
+READ_GROUP = 32  # records per call into Python, because each call costs about 0.1 ms
+MAX_NAMED_BAD_RECORDS = 5  # bad records that are named; all are counted
+MAX_FIRST_BAD = 100  # a dataset that begins with so many bad records is refused
 
-MAX_NAMED_BAD_RECORDS = 5  # named one by one; all are counted
-MAX_FIRST_BAD = 100  # bad records in a row, at which a dataset is taken for another's
-
-# No defaults: a record without one of these is an error, not class 0.
+# Without defaults, so that a record that lacks a key is an error and not class 0.
 KEYS_TO_FEATURES = {
     'image/encoded': tf.FixedLenFeature((), tf.string),
     'image/format': tf.FixedLenFeature((), tf.string),
@@ -46,25 +44,25 @@ KEYS_TO_FEATURES = {
 }
 ITEMS_TO_DESCRIPTIONS = {
     'image': 'A color image of varying size.',
-    'label': 'The id of the class, as in labels.txt.',
+    'label': 'The id of the class in labels.txt.',
 }
 
 
 class DatasetError(Exception):
-  """A dataset that cannot be read; the message says what to do about it."""
+  """A dataset that cannot be read or written; the message says what to do about it."""
 
 
 class MissingSplitError(DatasetError):
-  """A dataset has no file of a split."""
+  """A dataset without files of a split."""
 
 
 def name_pattern(dataset_name):
-  """Returns the pattern of a dataset's files, for `get_split`: flowers_%s_*.tfrecord."""
+  """Returns the file pattern of a dataset for `get_split`, such as flowers_%s_*.tfrecord."""
   return f'{dataset_name}_%s_*.tfrecord'
 
 
 def shard_name(split_name, shard, num_shards, dataset_name=DATASET_NAME):
-  """Returns the file name of one shard: flowers_train_00000-of-00002.tfrecord."""
+  """Returns the file name of a shard, such as flowers_train_00000-of-00002.tfrecord."""
   return f'{dataset_name}_{split_name}_{shard:05d}-of-{num_shards:05d}.tfrecord'
 
 
@@ -74,8 +72,8 @@ def make_example(encoded, image_format, label, height, width):
   Args:
     encoded: bytes of a JPEG or PNG file.
     image_format: 'jpg' or 'png'.
-    label: int, an id of labels.txt.
-    height, width: ints, the image's size in pixels.
+    label: int, an id in labels.txt.
+    height, width: ints, size of the image in pixels.
 
   Returns:
     A tf.train.Example.
@@ -101,23 +99,22 @@ def read_labels(dataset_dir):
 
 
 def read_labels_file(path):
-  """Reads class names.
+  """Reads the class names of a labels file.
 
   Args:
-    path: file of lines like 0:daisy.
+    path: file with a line like 0:daisy for each class.
 
   Returns:
-    List of class names; a name's index is its id.
+    List of class names, indexed by id.
 
   Raises:
-    DatasetError: the file is missing, empty, or not `id:name` lines that number
-      the classes 0, 1, 2, ...
+    DatasetError: the file cannot be read, or its ids are not 0, 1, 2, ...
   """
   try:
     with open(path, encoding='utf-8-sig') as f:
       lines = [line.strip() for line in f]
   except OSError as error:
-    raise DatasetError(f'Cannot read {path} ({error.strerror}): a dataset needs it, '
+    raise DatasetError(f'Cannot read {path} ({error.strerror}): a dataset needs this file, '
                        'with a line like 0:daisy for each class') from error
   except UnicodeDecodeError as error:
     raise DatasetError(f'{path} is not UTF-8 text ({error})') from error
@@ -135,7 +132,7 @@ def read_labels_file(path):
                          f'{names[int(label)]!r}')
     names[int(label)] = name
   if not names:
-    raise DatasetError(f'{path} names no class: expected a line like 0:daisy for each')
+    raise DatasetError(f'{path} is empty: expected a line like 0:daisy for each class')
   if sorted(names) != list(range(len(names))):
     raise DatasetError(f'{path}: the ids of {len(names)} classes must be 0 to '
                        f'{len(names) - 1}, got {sorted(names)}')
@@ -143,26 +140,26 @@ def read_labels_file(path):
 
 
 def get_split(split_name, dataset_dir, file_pattern=None, reader=None):
-  """Describes one split of a dataset.
+  """Opens one split of a dataset.
 
   Args:
     split_name: 'train' or 'validation'.
     dataset_dir: folder of the TFRecord files and labels.txt.
-    file_pattern: pattern of the split's file names below dataset_dir, in which
-      a %s stands for split_name; None is 'flowers_%s_*.tfrecord'.
-    reader: TensorFlow reader class, for slim's DatasetDataProvider; None is
+    file_pattern: glob pattern of the file names in dataset_dir, in which %s stands
+      for split_name; None means 'flowers_%s_*.tfrecord'.
+    reader: TensorFlow reader class for slim's DatasetDataProvider; None means
       tf.TFRecordReader.
 
   Returns:
-    A slim Dataset: data_sources (sorted file names), reader, decoder of the
-    items 'image' (uint8 [height, width, 3]) and 'label' (int64 []),
-    num_samples (counted), num_classes, labels_to_names, and `records`, the
+    A slim Dataset with data_sources (sorted paths), reader, decoder of the items
+    'image' (uint8 [height, width, 3]) and 'label' (int64 []), num_samples (a count
+    of the records), num_classes, labels_to_names, and `records`, the
     `tfrecords.Records` of the files.
 
   Raises:
-    ValueError: unknown split.
-    MissingSplitError: no file.
-    DatasetError: no record, or a bad labels.txt.
+    ValueError: the split is unknown.
+    MissingSplitError: the split has no files.
+    DatasetError: the files hold no records, or labels.txt is invalid.
   """
   if split_name not in SPLITS:
     raise ValueError(f'Unknown split {split_name!r}: use one of {", ".join(SPLITS)}')
@@ -175,7 +172,7 @@ def get_split(split_name, dataset_dir, file_pattern=None, reader=None):
   records = tfrecords.Records(files)
   if not len(records):
     raise DatasetError('; '.join(records.damages) or
-                       f'The {len(files)} files of {pattern} hold no record')
+                       f'The {len(files)} files of {pattern} hold no records')
 
   items_to_handlers = {
       'image': slim.tfexample_decoder.Image(dct_method=xception_preprocessing.DCT_METHOD),
@@ -196,13 +193,13 @@ def load_batch(dataset, batch_size, height, width, is_training, seed=0, first_im
                num_readers=4, num_preprocessing_threads=tf.data.AUTOTUNE):
   """Reads, decodes and preprocesses batches of images.
 
-  Training never ends: it goes through the records epoch after epoch, each time
-  in another order. Order and distortions are a pure function of `seed` and of
-  how many images came before, so that training which resumes with
-  `first_image` sees what it would have seen uninterrupted. Evaluation goes
-  through the records once, in order, and the last batch may be smaller.
+  Training repeats the records without end, each epoch in a different order. The
+  order and the distortions depend only on `seed` and on the number of images before,
+  so training that resumes with `first_image` sees the same images as uninterrupted
+  training. Evaluation reads the records once and in order; its last batch may be
+  smaller.
 
-  A record that cannot be used is passed over; `load_numbered_batch` tells which.
+  Records that cannot be used are skipped; `load_numbered_batch` shows which ones.
 
   Args:
     dataset: slim Dataset from `get_split`.
@@ -210,11 +207,11 @@ def load_batch(dataset, batch_size, height, width, is_training, seed=0, first_im
     height, width: output size in pixels.
     is_training: Python bool; True shuffles and distorts, False takes the
       central crops in order.
-    seed: int of 0 or more, of the order and the distortions.
-    first_image: int, number of training images to pass over.
-    num_readers: groups of records read at the same time.
-    num_preprocessing_threads: images preprocessed at the same time; by default
-      tf.data finds the best number.
+    seed: int of 0 or more that determines the order and the distortions.
+    first_image: int, number of training images to skip.
+    num_readers: number of record groups to read in parallel.
+    num_preprocessing_threads: number of images to preprocess in parallel; tf.data
+      chooses it by default.
 
   Returns:
     images: float32 [batch_size, height, width, 3] in [-1, 1].
@@ -231,21 +228,23 @@ def load_batch(dataset, batch_size, height, width, is_training, seed=0, first_im
 def load_numbered_batch(dataset, batch_size, height, width, is_training, seed=0, first_image=0,
                         num_readers=4, num_preprocessing_threads=tf.data.AUTOTUNE,
                         worker=0, num_workers=1):
-  """Does what `load_batch` does, and tells which images of the endless row they are.
+  """Does what `load_batch` does and also returns the position of each image.
 
-  Several workers share the images without reading those of the others. In
-  training each has its part of every batch: together they see what one sees
-  alone. At evaluation each has every num_workers-th image, in batches of
-  batch_size.
+  Several workers divide the images among themselves, and each reads only its own. In
+  training each worker gets its share of every batch, so together they see what a
+  single worker would see. At evaluation each gets every num_workers-th image, in
+  batches of batch_size.
 
   Args:
-    worker, num_workers: which worker's images; batch_size divides by num_workers.
+    worker, num_workers: this worker's index and the number of workers, which must
+      divide batch_size.
 
   Returns:
-    images, labels: see `load_batch`; in training, batch_size / num_workers.
-    positions: int64, their numbers, rising; a number that is left out is that
-      of a bad record (see `training_position`). `record_number` turns a
-      position of training into a record; at evaluation they are the same.
+    images, labels: see `load_batch`; in training, batch_size / num_workers of them.
+    positions: int64, positions of the images in the sequence of all images, in
+      ascending order. A missing position is that of a bad record (see
+      `training_position`). `record_number` converts a training position to a record
+      number; at evaluation the two are equal.
   """
   share = batch_size // num_workers if is_training else batch_size
 
@@ -290,13 +289,13 @@ def load_numbered_batch(dataset, batch_size, height, width, is_training, seed=0,
 
 
 def training_position(index, first_image, batch_size, worker=0, num_workers=1):
-  """Returns the position, in the endless row of all images, of one in a worker's own row.
+  """Converts an index among one worker's images to a position among all training images.
 
   Args:
-    index: int or int64 tensor, of the image in the worker's row.
-    first_image: position that the first batch begins with.
+    index: int or int64 tensor, index of the image among the worker's images.
+    first_image: position at which the first batch begins.
     batch_size: images per step, summed over workers.
-    worker, num_workers: whose row it is.
+    worker, num_workers: the worker's index and the number of workers.
   """
   share = batch_size // num_workers
   return first_image + index // share * batch_size + worker * share + index % share
@@ -306,15 +305,15 @@ def record_number(position, num_samples, seed):
   """Returns the number of the record that training reads at a position.
 
   Args:
-    position: int, images before it since training began.
-    num_samples: records of the dataset; each is read once an epoch.
+    position: int, number of training images before this one.
+    num_samples: number of records; each is read once per epoch.
     seed: int of 0 or more.
   """
   epoch, index = divmod(int(position), num_samples)
   return int(_epoch_order(num_samples, seed, epoch)[index])
 
 
-@functools.lru_cache(maxsize=4)  # one epoch for each of the readers at its end
+@functools.lru_cache(maxsize=4)  # at the end of an epoch, some readers are in the next one
 def _epoch_order(num_samples, seed, epoch):
   return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
@@ -323,39 +322,40 @@ def _read_or_empty(records, number):
   try:
     return records[number]
   except tfrecords.RecordError:
-    return b''  # does not parse, and is passed over like any other bad record
+    return b''  # cannot be parsed, so it is skipped like any other bad record
+
+
+def read_label(dataset, number):
+  """Returns the label of a record without decoding its image; None for a bad record."""
+  try:
+    features = tf.train.Example.FromString(dataset.records[number]).features.feature
+    label, = features['image/class/label'].int64_list.value
+  except (tfrecords.RecordError, message.DecodeError, ValueError):
+    return None
+  return label if 0 <= label < dataset.num_classes else None
 
 
 def count_labels(dataset):
-  """Reads every record once, and returns how many there are of each class, a list of ints.
+  """Reads every record and returns the number of records of each class, a list of ints.
 
-  Bad records are left out.
+  Bad records are not counted.
 
   Raises:
-    DatasetError: a class has none.
+    DatasetError: a class has no records.
   """
-  counts = [0] * dataset.num_classes
-  for number in range(dataset.num_samples):
-    try:
-      example = tf.train.Example.FromString(dataset.records[number])
-    except (tfrecords.RecordError, message.DecodeError):
-      continue
-    values = example.features.feature['image/class/label'].int64_list.value
-    if len(values) == 1 and 0 <= values[0] < dataset.num_classes:
-      counts[values[0]] += 1
+  labels = [read_label(dataset, number) for number in range(dataset.num_samples)]
+  counts = np.bincount([label for label in labels if label is not None],
+                       minlength=dataset.num_classes).tolist()
   if 0 in counts:
-    raise DatasetError(f'No record of class {dataset.labels_to_names[counts.index(0)]!r}: '
-                       'classes cannot be balanced without it')
+    raise DatasetError(f'The class {dataset.labels_to_names[counts.index(0)]!r} has no records: '
+                       'classes cannot be balanced without them')
   return counts
 
 
 def require_readable(dataset):
-  """Fails if not even one of the first records can be used.
+  """Raises DatasetError if none of the first records can be used.
 
-  A pipeline that passes bad records over would look for a good one for ever.
-
-  Raises:
-    DatasetError: it names the first record and what is wrong with it.
+  The pipeline skips bad records, so it would search such a dataset forever.
   """
   read = RecordReader(dataset)
   for number in range(min(dataset.num_samples, MAX_FIRST_BAD)):
@@ -364,22 +364,22 @@ def require_readable(dataset):
       return
     except tfrecords.RecordError:
       pass
-  raise DatasetError('Not one of the first records can be used: '
+  raise DatasetError(f'None of the first {number + 1} records can be used: '
                      + describe_bad_record(dataset, 0))
 
 
 def describe_bad_record(dataset, number):
-  """Returns 'file, record 12: what is wrong with it'."""
+  """Returns a description like 'FILE, record 12: its checksum is wrong'."""
   path, index = dataset.records.locate(number)
   try:
     RecordReader(dataset)(number)
   except tfrecords.RecordError as error:
     return f'{path}, record {index}: {error}'
-  return f'{path}, record {index}: it could not be read, but now it can'
+  return f'{path}, record {index}: it was unreadable before but is readable now'
 
 
 class RecordReader:
-  """Reads records one by one, outside of the pipeline, and tells what is wrong with a bad one."""
+  """Decodes single records outside the pipeline and explains why a record is bad."""
 
   def __init__(self, dataset):
     """Initializes the reader; `dataset` is a slim Dataset from `get_split`."""
@@ -393,14 +393,14 @@ class RecordReader:
     """Returns a record's image, uint8 [height, width, 3], and its label, int.
 
     Raises:
-      tfrecords.RecordError: it is damaged, lacks a key, does not decode, or its
-        label is not in labels.txt.
+      tfrecords.RecordError: the record is damaged, lacks a key, cannot be decoded, or
+        has a label that is not in labels.txt.
     """
     record = self._dataset.records[number]
     try:
       image, label = self._session.run(self._fetches, {self._record: record})
     except tf.errors.OpError as error:
-      # What went wrong stands in front of the name of the op that it befell.
+      # The reason comes before the name of the operation that failed.
       message = error.message.split('[[{{node')[0].strip().splitlines()[-1]
       raise tfrecords.RecordError(message) from error
     if not 0 <= label < self._dataset.num_classes:

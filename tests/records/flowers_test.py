@@ -100,7 +100,7 @@ class FlowersTest(tf.test.TestCase):
         ('-1:daisy\n', 'line 1: expected id:name'),
         ('0:daisy\n0:roses\n', "line 2: id 0 is already 'daisy'"),
         ('1:daisy\n2:roses\n', r'must be 0 to 1, got \[1, 2\]'),
-        ('\n', 'names no class'),
+        ('\n', 'is empty'),
         (b'0:\xff\xfe\n', 'is not UTF-8 text')]:
       self.write_labels(text)
       with self.assertRaisesRegex(flowers.DatasetError, message) as context:
@@ -158,7 +158,7 @@ class FlowersTest(tf.test.TestCase):
 
   def test_no_record(self):
     self.write_shard([])
-    with self.assertRaisesRegex(flowers.DatasetError, 'hold no record'):
+    with self.assertRaisesRegex(flowers.DatasetError, 'hold no records'):
       flowers.get_split('train', self.dir)
 
   def test_a_shard_cut_short_loses_its_own_tail(self):
