@@ -2,13 +2,13 @@
 
   python train_flowers.py --dataset_dir dataset --log_dir log
 
-Every GPU of the machine gets a tower, a replica of the network that works on
-its part of the batch; their gradients are averaged. Writes checkpoints,
-`model_config.json` and TensorBoard events into --log_dir. The same command
-again resumes where the last checkpoint was written.
+Every GPU gets a tower, a replica of the network that works on its part of the
+batch, and the towers' gradients are averaged. Writes checkpoints,
+`model_config.json` and TensorBoard events to --log_dir. The same command run
+again resumes from the newest checkpoint.
 
-With TF_CONFIG in the environment it is one of several workers that train
-together; only the first of them writes.
+With TF_CONFIG in the environment, several workers train together and only the
+first of them writes.
 """
 
 import functools
@@ -35,15 +35,11 @@ from training import plan as training_plan
 from training import step as training_step
 import xception
 
-SAVE_IMAGES_SECS = 300  # image summaries fill a disk sooner than anything else
+SAVE_IMAGES_SECS = 300  # image summaries are large
 
 
 def build_graph(plan, args, recipe, workers):
-  """Builds the graph, from the files of the dataset to the update of the weights.
-
-  Returns:
-    A TrainStep.
-  """
+  """Builds the graph from the dataset's files to the weight update; returns a TrainStep."""
   tf.set_random_seed(plan.config.seed)
   global_step = tf.train.get_or_create_global_step()
   learning_rate = optimization.build_learning_rate(
@@ -75,11 +71,11 @@ def build_graph(plan, args, recipe, workers):
 
 
 def restore_weights(plan, args, workers):
-  """Decides which weights training starts from, and says it.
+  """Decides which weights training starts from, and prints the decision.
 
   Returns:
-    A function of a Scaffold and a session that restores the weights of
-    --checkpoint_path, or None; other workers than the chief receive its weights.
+    A Scaffold's init_fn that restores --checkpoint_path, or None. Only the chief
+    restores: the other workers receive its weights.
 
   Raises:
     checkpoints.CheckpointError: a checkpoint does not fit the graph.
@@ -87,9 +83,9 @@ def restore_weights(plan, args, workers):
   if plan.checkpoint:
     checkpoints.check_same_variables(plan.checkpoint)
     if args.checkpoint_path:
-      print(f'Warning: --checkpoint_path {args.checkpoint_path} is NOT used, because '
-            f'{plan.log_dir} already holds step {plan.start_step} and training resumes there. '
-            'To start from --checkpoint_path, choose another --log_dir', file=sys.stderr)
+      print(f'Warning: --checkpoint_path {args.checkpoint_path} is NOT used: training resumes '
+            f'from step {plan.start_step} in {plan.log_dir}. To start from --checkpoint_path, '
+            'choose another --log_dir', file=sys.stderr)
     return None
   if not args.checkpoint_path or not workers.is_chief:
     return None
@@ -100,7 +96,7 @@ def restore_weights(plan, args, workers):
 
 
 def build_hooks(plan, args, train_step, scaffold, workers):
-  """Returns the hooks of a run that watch and save it: {name: hook}."""
+  """Returns the hooks that report, save and evaluate a run: {name: hook}."""
   writer = tf.summary.FileWriterCache.get(plan.log_dir)
   hooks = {
       'bad_records': training_hooks.BadRecordsHook(
@@ -114,7 +110,7 @@ def build_hooks(plan, args, train_step, scaffold, workers):
   if workers.is_chief:
     hooks.update(build_chief_hooks(plan, args, train_step, scaffold, writer))
   if args.eval_every_epochs:
-    # All workers decide by the chief's record, so that they stop together.
+    # Every worker compares with the chief's best, so that all stop at the same step.
     best = workers.all_gather(evaluation_hook.read_best(plan.log_dir))[0]
     hooks['evaluation'] = evaluation_hook.EvaluationHook(
         evaluator.Evaluator(
@@ -165,11 +161,11 @@ def main(args):
 
 
 def train(plan, args, recipe, session_config, workers):
-  """Trains as planned, from the graph to the last checkpoint."""
+  """Trains from the plan's first step to its last and saves the result."""
   training_plan.show(plan, args, recipe, workers)
   if plan.start_step >= plan.max_steps:
     print(f'{plan.log_dir} is already trained to step {plan.start_step}: '
-          'ask for more --num_epochs, or choose another --log_dir')
+          'raise --num_epochs, or choose another --log_dir')
     return
 
   train_step = build_graph(plan, args, recipe, workers)
@@ -185,7 +181,7 @@ def train(plan, args, recipe, session_config, workers):
       session_config, plan.start_step, plan.max_steps, scaffold, workers)
 
   print(f'Saved step {reached} in {plan.log_dir}' if workers.is_chief else
-        f'Ended with step {reached}, which worker 0 saves')
+        f'Stopped at step {reached}, which worker 0 saves')
   if hooks['bad_records'].too_many:
     raise training_step.TrainingError(hooks['bad_records'].too_many)
   if args.eval_every_epochs and hooks['evaluation'].stopped_early:

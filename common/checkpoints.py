@@ -1,7 +1,7 @@
-"""Finds the checkpoints of a log folder, and stores beside them what they were built with.
+"""Finds checkpoints, and stores their model's configuration beside them.
 
-train_flowers.py writes `model_config.json`; eval_flowers.py and write_pb.py
-read it, so that no number is repeated on their command lines.
+train_flowers.py writes `model_config.json`; eval_flowers.py and write_pb.py read
+it, so that their command lines need not repeat it.
 """
 
 import dataclasses
@@ -16,19 +16,19 @@ import tf_slim as slim
 from common import files
 
 CONFIG_FILE = 'model_config.json'
-NEXT_IMAGE = 'next_image'  # variable: the image that a resumed run goes on with
+NEXT_IMAGE = 'next_image'  # variable: the position that a resumed run continues from
 
 
 class CheckpointError(Exception):
-  """A checkpoint or its configuration is missing, damaged, or of another model."""
+  """A checkpoint or its configuration is missing, damaged or belongs to another model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Everything that the graph of a checkpoint depends on.
+  """The settings that determine a checkpoint's graph.
 
   Attributes:
-    class_names: names of the classes; a name's index is its label.
+    class_names: names of the classes, ordered by label.
     image_size: height and width of the network's input in pixels.
     depth_multiplier: width of the network, 1.0 in the paper.
     seed: seed of the training run.
@@ -48,11 +48,11 @@ def find(log_dir, checkpoint_path=None):
 
   Args:
     log_dir: folder that train_flowers.py wrote.
-    checkpoint_path: a checkpoint like log/model.ckpt-1500, or a folder whose
-      newest one is meant; None is the newest of log_dir.
+    checkpoint_path: a checkpoint like log/model.ckpt-1500, or a folder, which
+      means its newest one; None means the newest one of log_dir.
 
   Returns:
-    The checkpoint's path, without its file endings.
+    The checkpoint's path without file extensions.
 
   Raises:
     CheckpointError: there is none.
@@ -73,7 +73,7 @@ def global_step(checkpoint):
 
 
 def next_image(checkpoint):
-  """Returns how many images training had passed when the checkpoint was written.
+  """Returns the number of images that training had passed when it wrote the checkpoint.
 
   Raises:
     CheckpointError: training did not write it.
@@ -86,17 +86,16 @@ def next_image(checkpoint):
 
 
 def stored_names(checkpoint, names, use_averages='auto'):
-  """Returns the names by which a checkpoint knows the variables of a network.
+  """Maps the names of a network's variables to those under which a checkpoint stores them.
 
   Args:
     checkpoint: path of the checkpoint.
     names: names of the network's variables.
-    use_averages: 'auto' takes the Polyak averages of the weights if the
-      checkpoint has them, else the weights; 'yes' and 'no' insist on one.
+    use_averages: 'auto' prefers the Polyak averages of the weights; 'yes'
+      requires them and 'no' ignores them.
 
   Returns:
-    dict from each name to the name in the checkpoint, and whether these are
-    the averages.
+    {name: name in the checkpoint}, and whether these are the averages.
 
   Raises:
     CheckpointError: 'yes', and the checkpoint has no averages.
@@ -114,7 +113,7 @@ def stored_names(checkpoint, names, use_averages='auto'):
 
 
 def inference_saver(checkpoint, use_averages='auto'):
-  """Returns what restores the default graph's network from a checkpoint.
+  """Returns a saver that restores the default graph's network from a checkpoint.
 
   Args:
     checkpoint, use_averages: see `stored_names`.
@@ -132,11 +131,11 @@ def inference_saver(checkpoint, use_averages='auto'):
 
 
 def check_same_variables(checkpoint):
-  """Checks that the default graph can resume from a checkpoint, and use all of it.
+  """Checks that the default graph and a checkpoint have the same variables.
 
   Raises:
-    CheckpointError: one has variables that the other lacks, as those of another
-      optimizer.
+    CheckpointError: one has variables that the other lacks, such as another
+      optimizer's.
   """
   stored = set(tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map())
   here = {variable.op.name for variable in tf.global_variables()}
@@ -144,25 +143,22 @@ def check_same_variables(checkpoint):
     lacking = sorted(here - stored) or sorted(stored - here)
     raise CheckpointError(
         f'{checkpoint} {"lacks" if here - stored else "has"} {len(lacking)} variables that this '
-        f'run {"needs" if here - stored else "lacks"}, the first is {lacking[0]}. Resume with '
+        f'run {"needs" if here - stored else "lacks"}, first {lacking[0]}. Resume with '
         'the options that it was started with (optimizer, recipe, averages, trainable scopes), '
         'or choose another --log_dir')
 
 
 def save_config(config, log_dir):
-  """Writes the configuration into log_dir, in one atomic step."""
+  """Writes the configuration to log_dir atomically."""
   text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + '\n'
   files.write_atomically(os.path.join(log_dir, CONFIG_FILE), text.encode())
 
 
 def load_config(checkpoint):
-  """Reads the configuration beside a checkpoint.
-
-  Returns:
-    A ModelConfig.
+  """Reads the ModelConfig beside a checkpoint.
 
   Raises:
-    CheckpointError: there is none, or it cannot be understood.
+    CheckpointError: it is missing or damaged.
   """
   path = os.path.join(os.path.dirname(checkpoint), CONFIG_FILE)
   try:
@@ -184,4 +180,4 @@ def check_same_model(asked, found, log_dir):
   if differences:
     raise CheckpointError(
         f'{log_dir} holds checkpoints of another model: {"; ".join(differences)}. '
-        'Choose another --log_dir, or the same options')
+        'Choose another --log_dir, or use the same options')

@@ -1,4 +1,4 @@
-"""Evaluates inside training, keeps the best checkpoint apart, and stops when nothing improves."""
+"""Evaluation during training: keeps the best checkpoint and stops once nothing improves."""
 
 import json
 import os
@@ -16,10 +16,10 @@ METRICS_FILE = 'metrics.json'
 
 
 class EvaluationHook(tf.train.SessionRunHook):
-  """Saves and evaluates every so many steps.
+  """Saves and evaluates at regular intervals.
 
-  The best checkpoint, by accuracy and then by loss, is kept in `best` with its
-  metrics.json; eval_flowers.py and write_pb.py take it by
+  The best checkpoint, ranked by accuracy and then by loss, is kept in `best`
+  with its metrics.json; pass it to eval_flowers.py and write_pb.py as
   `--checkpoint_path log/best`. The validation curves go to `eval`.
 
   Attributes:
@@ -32,13 +32,13 @@ class EvaluationHook(tf.train.SessionRunHook):
 
     Args:
       evaluator: evaluation.Evaluator.
-      global_step: int64 [], as it is after the step.
+      global_step: int64 [], its value after the step.
       saver: tf.train.Saver of the checkpoints in log_dir.
-      log_dir: folder of the run.
+      log_dir: the run's folder.
       config: ModelConfig, stored beside the best checkpoint.
       every_n_steps: steps between two evaluations.
-      max_steps: the step that training ends with, which is evaluated too.
-      best: what `read_best` returned.
+      max_steps: the last step, which is always evaluated.
+      best: the result of `read_best`.
       patience: evaluations without improvement after which training stops, or None.
     """
     self.stopped_early = None
@@ -56,7 +56,7 @@ class EvaluationHook(tf.train.SessionRunHook):
   def begin(self):
     self._best_saver = tf.train.Saver(max_to_keep=1)
     state = tf.train.get_checkpoint_state(self._best_dir)
-    if state:  # so that it is deleted when a better one comes
+    if state:  # lets the saver delete it once a better one is saved
       self._best_saver.recover_last_checkpoints(state.all_model_checkpoint_paths)
     self._writer = tf.summary.FileWriter(os.path.join(self._log_dir, EVAL_DIR))
 
@@ -88,11 +88,11 @@ class EvaluationHook(tf.train.SessionRunHook):
     self._evaluator.close()
 
   def _evaluate(self, checkpoint, step):
-    """Returns the metrics of a checkpoint and adds them to TensorBoard."""
+    """Evaluates a checkpoint and adds its metrics to TensorBoard; returns them."""
     evaluation = self._evaluator(checkpoint)
     computed = metrics.compute(evaluation.labels, evaluation.probabilities, evaluation.losses)
     self._writer.add_summary(tf.Summary(value=[
-        # The tags of training: both curves share one chart.
+        # Training's tags, so that both curves share a chart.
         tf.Summary.Value(tag='accuracy', simple_value=computed.accuracy),
         tf.Summary.Value(tag='losses/cross_entropy', simple_value=computed.loss),
     ]), step)
@@ -106,15 +106,15 @@ class EvaluationHook(tf.train.SessionRunHook):
     self._best_saver.save(session, os.path.join(self._best_dir, 'model.ckpt'),
                           found['global_step'], write_meta_graph=False)
     files.write_atomically(os.path.join(self._best_dir, METRICS_FILE),
-                       (json.dumps(found, indent=2) + '\n').encode())
+                           (json.dumps(found, indent=2) + '\n').encode())
     self._best = found
 
 
 def read_best(log_dir):
-  """Returns global_step, accuracy and loss of the best checkpoint of log_dir; None without one.
+  """Returns global_step, accuracy and loss of log_dir's best checkpoint, or None.
 
   Raises:
-    checkpoints.CheckpointError: they cannot be read.
+    checkpoints.CheckpointError: metrics.json is damaged.
   """
   best_dir = os.path.join(log_dir, BEST_DIR)
   try:

@@ -1,4 +1,4 @@
-"""Session hooks that show a training run's progress and stop it in good order."""
+"""Session hooks that report a training run's progress, trace it and stop it cleanly."""
 
 import functools
 import os
@@ -15,10 +15,10 @@ from records import flowers
 
 
 class ProgressHook(tf.train.SessionRunHook):
-  """Shows loss, accuracy and images a second: a bar on a terminal, else log lines.
+  """Shows loss, accuracy and images per second: a bar on a terminal, otherwise log lines.
 
-  The figures of a line are means over the steps since the line before. Images a
-  second go to TensorBoard too.
+  A line's figures are means over the steps since the previous line. Images per
+  second also go to TensorBoard.
   """
 
   def __init__(self, global_step, loss, accuracy, batch_size, num_towers, num_samples,
@@ -26,12 +26,12 @@ class ProgressHook(tf.train.SessionRunHook):
     """Initializes the hook.
 
     Args:
-      global_step: int64 [], as it is after the step.
+      global_step: int64 [], its value after the step.
       loss, accuracy: float32 [], of the step.
       batch_size: images per step, summed over towers.
-      num_towers: number of towers that share them.
+      num_towers: number of towers on all workers.
       num_samples: images per epoch.
-      max_steps: the step that training ends with.
+      max_steps: the last step.
       log_every_n_steps: steps between two lines.
       summary_writer: tf.summary.FileWriter.
     """
@@ -45,7 +45,7 @@ class ProgressHook(tf.train.SessionRunHook):
     self._bar = None
 
   def after_create_session(self, session, coord):
-    # The variable itself: the fetch would take a step.
+    # The variable, because fetching self._fetches would run a training step.
     self._step = session.run(tf.train.get_global_step())
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=self._max_steps * self._batch_size,
@@ -99,10 +99,10 @@ class ProgressHook(tf.train.SessionRunHook):
 
 
 class BadRecordsHook(tf.train.SessionRunHook):
-  """Counts the records that the input pipeline passed over, and stops if they are too many.
+  """Counts the records that the input pipeline skipped, and stops if there are too many.
 
-  Which ones they are follows from the positions that are missing in this
-  worker's row. Each record counts once, however often it comes round.
+  Gaps in the positions of this worker's images identify the records. A record
+  counts once, in however many epochs it is skipped.
 
   Attributes:
     too_many: why training was stopped, or None.
@@ -113,11 +113,11 @@ class BadRecordsHook(tf.train.SessionRunHook):
     """Initializes the hook.
 
     Args:
-      global_step: int64 [], as it is after the step.
+      global_step: int64 [], its value after the step.
       positions: int64 [images of this worker], from `flowers.load_numbered_batch`.
-      dataset, seed, first_image, batch_size: what it was called with.
-      workers: cluster.Workers or SingleWorker, who stop together.
-      max_bad_fraction: share of the records that may be bad, in [0, 1).
+      dataset, seed, first_image, batch_size: the arguments of that call.
+      workers: cluster.Workers or SingleWorker, to stop training on all of them.
+      max_bad_fraction: fraction of the records that may be bad, in [0, 1).
       summary_writer: tf.summary.FileWriter.
     """
     self.too_many = None
@@ -127,7 +127,7 @@ class BadRecordsHook(tf.train.SessionRunHook):
     self._position = functools.partial(
         flowers.training_position, first_image=first_image, batch_size=batch_size,
         worker=workers.index, num_workers=workers.size)
-    self._next_index = 0  # in this worker's row
+    self._next_index = 0  # of this worker's images
     self._workers = workers
     self._max_bad = max_bad_fraction * dataset.num_samples
     self._summary_writer = summary_writer
@@ -148,15 +148,15 @@ class BadRecordsHook(tf.train.SessionRunHook):
       if len(self._bad_numbers) > self._max_bad:
         self.too_many = (
             f'{len(self._bad_numbers)} of {self._dataset.num_samples} records are bad, more '
-            'than --max_bad_fraction allows. Make the dataset again, or allow more')
+            'than --max_bad_fraction allows. Recreate the dataset, or allow more')
         self._workers.request_stop(run_context)
 
   def end(self, session):
     if self._bad_numbers:
-      print(f'Bad records passed over: {len(self._bad_numbers)}', file=sys.stderr)
+      print(f'Bad records skipped: {len(self._bad_numbers)}', file=sys.stderr)
 
   def _find_missing(self, positions):
-    """Returns the positions that were passed over to get to these."""
+    """Returns the positions that were skipped before and between these."""
     missing = []
     for position in positions:
       while (expected := self._position(self._next_index)) != position:
@@ -170,21 +170,21 @@ class BadRecordsHook(tf.train.SessionRunHook):
       return
     self._bad_numbers.add(number)
     if len(self._bad_numbers) <= flowers.MAX_NAMED_BAD_RECORDS:
-      print(f'Warning: passing over {flowers.describe_bad_record(self._dataset, number)}',
+      print(f'Warning: skipping {flowers.describe_bad_record(self._dataset, number)}',
             file=sys.stderr, flush=True)
 
 
 class ProfileHook(tf.train.SessionRunHook):
-  """Traces chosen steps: into TensorBoard's graph, and as files for ui.perfetto.dev.
+  """Traces chosen steps, for TensorBoard's graph and as files for ui.perfetto.dev.
 
-  `timeline-100.json` in the log folder tells when each op of step 100 ran where.
+  `timeline-100.json` in the log folder shows when and where each op of step 100 ran.
   """
 
   def __init__(self, global_step, steps, log_dir, summary_writer):
     """Initializes the hook.
 
     Args:
-      global_step: int64 [], as it is after the step.
+      global_step: int64 [], its value after the step.
       steps: the steps to trace.
       log_dir: folder of the files.
       summary_writer: tf.summary.FileWriter.
@@ -209,22 +209,22 @@ class ProfileHook(tf.train.SessionRunHook):
       return
     trace = timeline.Timeline(run_values.run_metadata.step_stats).generate_chrome_trace_format()
     files.write_atomically(os.path.join(self._log_dir, f'timeline-{self._step}.json'),
-                       trace.encode())
+                           trace.encode())
     self._summary_writer.add_run_metadata(run_values.run_metadata, f'step {self._step}',
                                           self._step)
 
 
 class StopOnSignalHook(tf.train.SessionRunHook):
-  """Ends training after the running step on Ctrl-C or SIGTERM, so that it is saved.
+  """On Ctrl-C or SIGTERM, finishes the current step and stops training, which saves.
 
-  A second signal ends the process at once; the last checkpoint stays whole.
+  A second signal ends the process at once; the last checkpoint stays intact.
 
   Attributes:
-    received: the signal's name like 'SIGINT', or None.
+    received: name of the signal, such as 'SIGINT', or None.
   """
 
   def __init__(self, workers):
-    """Initializes the hook; `workers` are cluster.Workers or SingleWorker, who stop together."""
+    """Initializes the hook; it stops training on all `workers` (Workers or SingleWorker)."""
     self.received = None
     self._workers = workers
 

@@ -1,7 +1,7 @@
-"""How weights are optimized: recipes, learning rate schedules and optimizers.
+"""Recipes, learning rate schedules and optimizers.
 
-A `Recipe` holds every number that decides what the weights become; its fields
-are train_flowers.py's options, under TF-Slim's names.
+A `Recipe` holds every hyperparameter of the optimization. Its fields are
+train_flowers.py's options, under TF-Slim's names.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from common import arguments
 
 
 def _option(default, text, option_type=None, aliases=(), choices=None):
-  """Returns a dataclass field that carries its command-line option: see `options`."""
+  """Returns a dataclass field that also describes its command-line option; see `options`."""
   return dataclasses.field(default=default, metadata={
       'help': text, 'type': option_type, 'aliases': aliases, 'choices': choices})
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """How to optimize. Every field is a command-line option; the defaults are the flowers' recipe."""
+  """Hyperparameters, each a command-line option; the defaults are the recipe for the flowers."""
   optimizer: str = _option('adam', 'sgd uses momentum',
                            choices=['adam', 'adamw', 'rmsprop', 'sgd'])
   learning_rate: float = _option(
@@ -55,9 +55,9 @@ class Recipe:
       0.00001, 'L2 regularization of the kernels; decoupled from the gradient with adamw',
       arguments.non_negative_float)
   label_smoothing: float = _option(
-      0.0, 'share of the label that is spread over all classes', arguments.fraction)
+      0.0, 'fraction of the label that is spread over all classes', arguments.fraction)
   dropout_keep_prob: float = _option(
-      0.5, 'share of the features kept in front of the logits', arguments.keep_prob)
+      0.5, 'probability of keeping a feature before the logits', arguments.keep_prob)
   batch_norm_decay: float = _option(
       0.99, 'decay of the moving statistics, once warmed up', arguments.fraction)
   clip_gradient_norm: float = _option(
@@ -70,8 +70,8 @@ class Recipe:
 
 RECIPES = {
     'flowers': Recipe(),
-    # Chollet, section 4.3. The paper averages the weights but gives no decay: 0.9999 is
-    # that of TF-Slim's Inception.
+    # Chollet, section 4.3. The paper gives no decay for its average of the weights:
+    # 0.9999 is TF-Slim's for Inception.
     'imagenet': Recipe(
         optimizer='sgd', learning_rate=0.045, learning_rate_decay_type='exponential',
         learning_rate_decay_factor=0.94, num_epochs_per_decay=2.0, end_learning_rate=0.0,
@@ -84,7 +84,7 @@ RECIPES = {
 
 
 def describe(recipe):
-  """Returns the whole recipe as one line of text: adam, learning_rate 0.002, ..."""
+  """Returns the recipe as a line of text, like 'optimizer adam, learning_rate 0.002, ...'."""
   return ', '.join(f'{name} {value}' for name, value in dataclasses.asdict(recipe).items())
 
 
@@ -149,15 +149,15 @@ def build_optimizer(recipe, learning_rate):
 
 
 def l2_weight_decay(recipe):
-  """Returns the factor of the L2 loss of the kernels; adamw decays them without one."""
+  """Returns the factor of the kernels' L2 loss: 0 for adamw, which decays them itself."""
   return 0.0 if recipe.optimizer == 'adamw' else recipe.weight_decay
 
 
 class AdamWOptimizer(tf.train.AdamOptimizer):
-  """Adam whose weight decay does not go through the gradient (Loshchilov & Hutter, 2019).
+  """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).
 
-  Before Adam's update, every kernel is multiplied by
-  1 - learning_rate * weight_decay; biases and batch norms are not.
+  Before Adam's update, kernels, but not biases and batch norms, are multiplied
+  by 1 - learning_rate * weight_decay.
   """
 
   def __init__(self, learning_rate, beta1, beta2, epsilon, weight_decay):
@@ -165,7 +165,7 @@ class AdamWOptimizer(tf.train.AdamOptimizer):
     self._weight_decay = weight_decay
 
   def _resource_apply_dense(self, grad, var):
-    if not var.op.name.endswith('weights'):  # slim's name of a kernel of any kind
+    if not var.op.name.endswith('weights'):  # as slim calls kernels of every kind
       return super()._resource_apply_dense(grad, var)
     decay = var.assign_sub(self._lr_t * self._weight_decay * var)
     with tf.control_dependencies([decay]):
@@ -178,7 +178,7 @@ def clip_gradients(gradients, norm, largest_norm):
   Args:
     gradients: list of (gradient, variable) pairs.
     norm: float32 [], their global norm.
-    largest_norm: float; 0 leaves them as they are.
+    largest_norm: float, the limit; 0 does not clip.
 
   Returns:
     List of (gradient, variable) pairs.
@@ -191,10 +191,10 @@ def clip_gradients(gradients, norm, largest_norm):
 
 
 def balanced_class_weights(counts):
-  """Returns a weight for each class such that all classes weigh the same in all.
+  """Returns class weights that give every class the same total weight.
 
   Args:
-    counts: images of each class, a list of ints greater than 0.
+    counts: number of images of each class, a list of ints greater than 0.
 
   Returns:
     List of floats, images / (classes * images of the class); their mean over

@@ -31,7 +31,7 @@ TrainStep = collections.namedtuple('TrainStep', [
     'loss',  # float32 [], including regularization, before the update
     'accuracy',  # float32 [], top-1 of the batch
     'positions',  # int64 [images of this worker], in the endless sequence of images
-    'finite_check',  # the op that fails if the loss or a gradient is not finite
+    'finite_check',  # op that fails if the loss or a gradient is not finite
     'scalar_summaries',  # string []
     'image_summaries',  # string []
     'histogram_summaries',  # string [], of weights and gradients
@@ -173,21 +173,20 @@ def _build_summaries(scalars, images, gradients):
 
 def run_training(train_step, hooks, log_dir, session_config, start_step, max_steps, scaffold,
                  workers):
-  """Runs training steps until max_steps or a signal.
+  """Runs training steps until max_steps, or until a signal arrives.
 
   Args:
     train_step: TrainStep of the default graph.
     hooks: session hooks.
-    log_dir: folder of checkpoints and events; a checkpoint in it is restored.
+    log_dir: folder of checkpoints and events; its newest checkpoint is restored.
     session_config: tf.ConfigProto.
-    start_step, max_steps: the steps at which training starts and ends.
-    scaffold: tf.train.Scaffold; its init_fn restores weights from elsewhere if
-      log_dir holds no checkpoint.
+    start_step, max_steps: the first and the last step.
+    scaffold: tf.train.Scaffold; its init_fn runs only if log_dir holds no checkpoint.
     workers: cluster.Workers or SingleWorker.
 
   Returns:
-    The step reached, and the name of the signal or the worker that ended
-    training, or None.
+    The step reached, and the name of the signal or worker that stopped training,
+    or None.
 
   Raises:
     TrainingError: the loss or a gradient was not finite, or saving failed.
@@ -197,7 +196,7 @@ def run_training(train_step, hooks, log_dir, session_config, start_step, max_ste
   hooks = [stop_on_signal, tf.train.StopAtStepHook(last_step=max_steps), *hooks]
   reached = start_step
   try:
-    # No MonitoredSession: it would recreate its session for ever once another worker is gone.
+    # MonitoredSession would recreate its session forever once another worker is gone.
     with tf.train.SingularMonitoredSession(
         hooks, scaffold, workers.master, session_config, checkpoint_dir=log_dir) as session:
       while not session.should_stop():
@@ -210,18 +209,18 @@ def run_training(train_step, hooks, log_dir, session_config, start_step, max_ste
 
 
 def _explain(error, train_step, log_dir, reached, workers):
-  """Returns the exception that tells a user what a failed session means, or None."""
+  """Returns the exception that explains a session's failure to the user, or None."""
   if error.op is train_step.finite_check:
     in_log_dir = f' in {log_dir}' if workers.is_chief else ''
     return TrainingError(
         f'The loss or a gradient is not finite at step {reached + 1}. The weights were '
         f'not updated with it; the last checkpoint{in_log_dir} is good. A smaller '
         '--learning_rate may help')
-  # What fails outside of a session has no op: it is a file.
+  # Only file operations fail outside a session, without an op.
   if error.op is None or error.op.type in SAVE_OPS:
     return TrainingError(
-        f'Cannot save in {log_dir}: {error.message.splitlines()[0]}. The '
-        'checkpoint before it is whole: make room, then resume with the same command')
+        f'Cannot save in {log_dir}: {error.message.splitlines()[0]}. The previous '
+        'checkpoint is intact: make room, then resume with the same command')
   if error.op.type == 'RestoreV2':
     return TrainingError(f'Cannot restore the newest checkpoint of {log_dir}: '
                          f'{error.message.splitlines()[0]}')

@@ -1,4 +1,4 @@
-"""Tests of finding checkpoints, and of which weights are restored from them."""
+"""Tests of finding checkpoints and restoring weights from them."""
 
 import os
 import shutil
@@ -60,7 +60,7 @@ class FindTest(CheckpointsTestCase):
 class InferenceSaverTest(CheckpointsTestCase):
 
   def restore(self, checkpoint, use_averages):
-    """Value of the weight, and whether it is said to be an average."""
+    """Returns the weight, and whether the saver calls it an average."""
     with tf.Graph().as_default(), tf.Session() as session:
       weight = model_variable()
       saver, uses_averages = checkpoints.inference_saver(checkpoint, use_averages)
@@ -89,7 +89,7 @@ class SameVariablesTest(CheckpointsTestCase):
       checkpoints.check_same_variables(checkpoint)
       tf.train.MomentumOptimizer(0.1, 0.9).minimize(weight * 2.0)
       with self.assertRaisesRegex(checkpoints.CheckpointError,
-                                  'lacks 1 variables that this run needs, the first is '
+                                  'lacks 1 variables that this run needs, first '
                                   'layer/weights/Momentum'):
         checkpoints.check_same_variables(checkpoint)
 
@@ -98,7 +98,7 @@ class SameVariablesTest(CheckpointsTestCase):
     with tf.Graph().as_default():
       model_variable()
       with self.assertRaisesRegex(checkpoints.CheckpointError,
-                                  'has 1 variables that this run lacks, the first is '
+                                  'has 1 variables that this run lacks, first '
                                   'layer/weights/ExponentialMovingAverage'):
         checkpoints.check_same_variables(checkpoint)
 
