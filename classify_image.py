@@ -3,10 +3,10 @@
   python classify_image.py --graph frozen_model_xception.pb a.jpg b.png photos
   python classify_image.py --graph frozen_model_xception.tflite --json a.jpg
 
-Prints the most probable classes of every image. The model may be a .pb, a
-SavedModel's folder, a .tflite or an .onnx; labels.txt stands beside it. The
-pixels are those that evaluation sees. A file that is no image is reported, the
-rest is classified, and the exit code is 1.
+Prints the most probable classes of every image. The model is a .pb, a SavedModel
+folder, a .tflite or an .onnx file with labels.txt beside it. Images are
+preprocessed exactly as in evaluation. Files that are not images are reported on
+standard error, the others are classified, and the exit code is 1.
 
 A .pb is a program: load only files that you or someone you trust made.
 """
@@ -33,28 +33,28 @@ from export import models
 from records import image_files
 
 STANDARD_INPUT = '-'
-# What is taken of a folder; a file that is named is tried whatever its ending.
+# Files to look for in a folder; a file given by name may have any suffix.
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
 MAX_FILE_BYTES = 256 * 2**20
-NUM_THREADS = 2  # that decode
+NUM_THREADS = 2  # for decoding
 
 Result = collections.namedtuple('Result', [
     'file',  # name
-    'predictions',  # list of dicts label, name, probability; the most probable first
-    'error',  # what is wrong with the file, or None
+    'predictions',  # list of dicts {label, name, probability}, the most probable first
+    'error',  # why the file could not be classified, or None
 ])
 
 
 def find_files(patterns):
-  """Returns the files that the command line names.
+  """Expands the folders and patterns of the command line.
 
   Args:
-    patterns: files, `-`, folders, whose images and those of their sub-folders are
-      meant, and patterns like 'photos/*.jpg'.
+    patterns: files, `-`, folders to search with their sub-folders, and patterns
+      like 'photos/*.jpg'.
 
   Returns:
-    List of names in the given order; those of a folder or a pattern are sorted.
-    What does not exist is among them, for the error.
+    List of file names in the given order; those from a folder or a pattern are
+    sorted. Whatever does not exist is kept, to be reported later.
   """
   files = []
   for pattern in patterns:
@@ -74,23 +74,23 @@ def _images_below(folder):
   files = []
   for parent, folders, names in os.walk(folder, onerror=fail):
     folders.sort()
-    paths = [os.path.join(parent, name) for name in sorted(names) if not name.startswith('.')]
-    files.extend(path for path in paths
-                 if path.lower().endswith(SUFFIXES) and os.path.isfile(path))
+    files.extend(os.path.join(parent, name) for name in sorted(names)
+                 if name.lower().endswith(SUFFIXES) and not name.startswith('.')
+                 and os.path.isfile(os.path.join(parent, name)))
   return files
 
 
 def read_file(name):
-  """Returns the bytes of a file or of standard input; not more than MAX_FILE_BYTES.
+  """Returns the bytes of a file, or of standard input.
 
   Raises:
-    image_files.ImageError: it cannot be read, or is larger.
+    image_files.ImageError: it cannot be read, or has more than MAX_FILE_BYTES.
   """
   try:
     if name == STANDARD_INPUT:
       content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
     elif os.path.isdir(name):
-      raise image_files.ImageError('the folder holds no image')
+      raise image_files.ImageError('the folder contains no image')
     else:
       with open(name, 'rb') as f:
         content = f.read(MAX_FILE_BYTES + 1)
@@ -102,22 +102,22 @@ def read_file(name):
 
 
 class ImageLoader:
-  """Turns a file's name into a model's input; may be called by several threads at once."""
+  """Loads image files as a model's input; safe to call from several threads."""
 
   def __init__(self, image_size):
-    """Initializes it for images of a size, or for encoded images if that is None."""
+    """Initializes the loader for images of image_size, or for encoded images if it is None."""
     self._convert = image_files.Converter()
     self._preprocess = models.Preprocessor(image_size) if image_size else bytes
-    # The largest image takes 1.5 GB here: one at a time.
+    # Preprocessing the largest image takes 1.5 GB, so one at a time.
     self._lock = threading.Lock()
 
   def __call__(self, name):
     """Returns float32 [image_size, image_size, 3] in [-1, 1], or bytes.
 
     Raises:
-      image_files.ImageError: the file is no image that can be used.
+      image_files.ImageError: the file is not a usable image.
     """
-    # What create_tfrecords.py would put into a record, and evaluation read there.
+    # The bytes that create_tfrecords.py would store in a record.
     encoded, _, _, _ = self._convert(read_file(name))
     try:
       with self._lock:
@@ -127,13 +127,13 @@ class ImageLoader:
 
 
 def classify(model, files, batch_size, top_k):
-  """Classifies files in batches, while those of the next batch are being decoded.
+  """Classifies files in batches, decoding the next batch at the same time.
 
   Args:
-    model: a FrozenModel.
-    files: names of files.
+    model: models.FrozenModel.
+    files: iterable of file names.
     batch_size: files per batch.
-    top_k: number of predictions per image.
+    top_k: predictions per image.
 
   Yields:
     The Result of every file, in order.
@@ -152,23 +152,18 @@ def classify(model, files, batch_size, top_k):
 
 
 def _classify_batch(model, batch, top_k):
-  outcomes = [_image_or_error(future) for _, future in batch]
-  images = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+  errors = [future.exception() for _, future in batch]
+  images = [future.result() for (_, future), error in zip(batch, errors) if error is None]
   probabilities = iter(())
   if images:
     probabilities = iter(model.predict(np.stack(images) if model.image_size else images))
-  for (name, _), outcome in zip(batch, outcomes):
-    if isinstance(outcome, Exception):
-      yield Result(name, [], str(outcome))
-    else:
+  for (name, _), error in zip(batch, errors):
+    if error is None:
       yield Result(name, _top_predictions(next(probabilities), model.class_names, top_k), None)
-
-
-def _image_or_error(future):
-  try:
-    return future.result()
-  except image_files.ImageError as error:
-    return error
+    elif isinstance(error, image_files.ImageError):
+      yield Result(name, [], str(error))
+    else:
+      raise error
 
 
 def _top_predictions(probabilities, class_names, top_k):
@@ -202,29 +197,29 @@ def parse_args(argv=None):
   parser.add_argument('images', nargs='+', metavar='IMAGE',
                       help='file, folder, pattern like "photos/*.jpg", or - for standard input')
   parser.add_argument('--graph', required=True,
-                      help='.pb, folder of a SavedModel, .tflite or .onnx of write_pb.py')
+                      help='.pb, SavedModel folder, .tflite or .onnx that write_pb.py wrote')
   parser.add_argument('--top_k', type=arguments.positive_int, default=5,
-                      help='classes per image')
+                      help='number of classes to print per image')
   parser.add_argument('--batch_size', type=arguments.positive_int, default=8,
                       help='images per step; changes speed and memory, not the result')
   parser.add_argument('--precision', choices=models.PRECISIONS, default='float32',
-                      help='bfloat16 lets TensorFlow compute a .pb or a SavedModel in it, fast '
-                      'on CPUs with AVX512_BF16 or AMX')
+                      help='bfloat16 runs a .pb or a SavedModel in bfloat16, which is fast on '
+                      'CPUs with AVX512_BF16 or AMX')
   group = parser.add_mutually_exclusive_group()
   group.add_argument('--json', dest='print_result', action='store_const', const=print_json,
                      default=print_text,
-                     help='prints one JSON object a line: file, predictions')
+                     help='prints one JSON object per line: file, predictions')
   group.add_argument('--csv', dest='print_result', action='store_const', const=print_csv,
                      default=print_text,
-                     help='prints file, rank, label, name and probability, one prediction a line')
+                     help='prints one prediction per line: file, rank, label, name, probability')
   return parser.parse_args(argv)
 
 
 def main(args):
-  """Classifies the files of the command line; returns the exit code."""
+  """Classifies the files on the command line; returns the exit code."""
   files = find_files(args.images)
   model = models.load(args.graph, args.precision)
-  # Bytes of a name that are no UTF-8 go out as they came in.
+  # Prints file names that are not UTF-8 with their original bytes.
   sys.stdout.reconfigure(errors='surrogateescape')
   sys.stderr.reconfigure(errors='backslashreplace')
   if args.print_result is print_csv:
@@ -250,7 +245,7 @@ if __name__ == '__main__':
   try:
     sys.exit(main(parse_args()))
   except BrokenPipeError:
-    # Whoever read the results wants no more of them; nothing is left to be flushed.
+    # The reader has closed the pipe, and flushing at exit would fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
   except (models.ModelError, OSError) as error:

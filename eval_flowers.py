@@ -2,18 +2,18 @@
 
   python eval_flowers.py --dataset_dir dataset --log_dir log --log_eval log_eval
 
-Writes into --log_eval: metrics.json, predictions.csv (every image's label,
-prediction and probabilities), confusion_matrix.png, mistakes.png (the most
-confident ones), predictions.png (images of all of the split) and TensorBoard
-events at the checkpoint's step. Its last line is `Accuracy: 0.xxxx (nn of NN)`.
+Writes into --log_eval: metrics.json, predictions.csv (the label, prediction and
+probabilities of every image), confusion_matrix.png, mistakes.png (the most
+confident ones), predictions.png (images from the whole split) and TensorBoard
+events at the checkpoint's step. The last line is `Accuracy: 0.xxxx (nn of NN)`.
 
   python eval_flowers.py --dataset_dir dataset --log_dir log --watch --eval_on_cpu
 
-does so with each checkpoint that training writes, while it trains, and
+evaluates every checkpoint of a training run while it is still running, and
 
   python eval_flowers.py --dataset_dir dataset --graph frozen_model_xception.tflite
 
-with a frozen model, so that it shows what freezing or quantising costs.
+evaluates a frozen model, which shows the cost of freezing or quantization.
 """
 
 import argparse
@@ -33,19 +33,19 @@ from evaluation import report
 from export import models
 from records import flowers
 
-WATCH_INTERVAL_SECS = 2  # between two looks for a new checkpoint
+WATCH_INTERVAL_SECS = 2  # between two searches for a new checkpoint
 
 
 def new_checkpoints(log_dir, timeout):
-  """Yields the checkpoints of a folder, oldest first, and waits for those to come.
+  """Yields the checkpoints of a folder, oldest first, and waits for new ones.
 
   Args:
-    log_dir: folder that training writes, or is going to.
+    log_dir: folder of a training run, which may not exist yet.
     timeout: seconds without a new checkpoint after which to stop waiting.
 
   Yields:
-    Paths. Training keeps its newest checkpoints only: one that is yielded may
-    be gone by the time that it is read.
+    Paths. Training keeps only its newest checkpoints, so a path may no longer
+    exist when it is read.
   """
   seen = set()
   deadline = time.monotonic() + timeout
@@ -62,18 +62,19 @@ def new_checkpoints(log_dir, timeout):
 
 
 def watch(evaluate, log_dir, timeout, last_step):
-  """Evaluates each checkpoint of a training as it comes.
+  """Evaluates every checkpoint of a training run as it is written.
 
   Args:
     evaluate: function from `report.SplitEvaluation.of_checkpoints`.
-    log_dir: folder that training writes, or is going to.
-    timeout: seconds without a new checkpoint after which to end.
-    last_step: step to end with, or None.
+    log_dir: folder of a training run, which may not exist yet.
+    timeout: seconds without a new checkpoint after which to stop.
+    last_step: step after which to stop, or None.
 
   Raises:
-    checkpoints.CheckpointError: none came, or one cannot be evaluated.
+    checkpoints.CheckpointError: there was none, or one cannot be evaluated.
   """
-  print(f'Watching {log_dir} until nothing new has come for {timeout:g} seconds', flush=True)
+  print(f'Watching {log_dir} until there is no new checkpoint for {timeout:g} seconds',
+        flush=True)
   num_evaluated = 0
   for checkpoint in new_checkpoints(log_dir, timeout):
     try:
@@ -89,23 +90,23 @@ def watch(evaluate, log_dir, timeout, last_step):
           f'({computed.num_correct} of {computed.num_images}), weights: '
           f'{describe_weights(about["uses_averages"])}', flush=True)
     if last_step and step >= last_step:
-      print(f'Evaluated {num_evaluated} checkpoints, the last of them of step {step}')
+      print(f'Evaluated {num_evaluated} checkpoints, the last one at step {step}')
       return
   if not num_evaluated:
     raise checkpoints.CheckpointError(
-        f'No checkpoint came into {log_dir} in {timeout:g} seconds: is train_flowers.py running?')
-  print(f'Evaluated {num_evaluated} checkpoints; no other came in {timeout:g} seconds')
+        f'No checkpoint in {log_dir} after {timeout:g} seconds: is train_flowers.py running?')
+  print(f'Evaluated {num_evaluated} checkpoints; no new one for {timeout:g} seconds')
 
 
 def print_report(computed, about):
   """Prints the last lines of an evaluation."""
   low, high = computed.accuracy_interval
-  top_5 = (f'left out, it is always 1 with {len(computed.confusion_matrix)} classes'
+  top_5 = (f'omitted, it is always 1 with {len(computed.confusion_matrix)} classes'
            if computed.top_5_accuracy is None else f'{computed.top_5_accuracy:.4f}')
   print(f'Weights: {describe_weights(about["uses_averages"])}')
   print(f'Loss: {computed.loss:.4f}')
   print(f'Top-5 accuracy: {top_5}')
-  print(f'95 % interval of the accuracy: {low:.4f} to {high:.4f}')
+  print(f'95 % confidence interval of the accuracy: {low:.4f} to {high:.4f}')
   print(f'Accuracy: {computed.accuracy:.4f} ({computed.num_correct} of {computed.num_images})')
 
 
@@ -122,47 +123,48 @@ def parse_args(argv=None):
   group.add_argument('--dataset_dir', default='dataset',
                      help='folder of the TFRecords and labels.txt')
   group.add_argument('--dataset_name', default=flowers.DATASET_NAME,
-                     help='first part of the files\' names')
+                     help='prefix of the file names')
   group.add_argument('--dataset_split_name', default='validation', choices=flowers.SPLITS,
-                     help='which images')
+                     help='split to evaluate')
   group.add_argument('--log_eval', '--eval_dir',
-                     help='folder of the results (default: eval in --log_dir, MODEL.eval for '
-                     '--graph MODEL)')
+                     help='folder of the results (default: eval in --log_dir, or MODEL.eval '
+                     'with --graph MODEL)')
   group = parser.add_argument_group('weights')
   group.add_argument('--log_dir', '--train_dir', default='./log',
-                     help='folder that train_flowers.py wrote, or writes')
+                     help='folder of the training run')
   one_of = group.add_mutually_exclusive_group()
   one_of.add_argument('--checkpoint_path',
                       help='evaluates this checkpoint, or the newest of this folder '
                       '(default: the newest of --log_dir)')
   one_of.add_argument('--watch', action='store_true',
-                      help='evaluates every checkpoint of --log_dir, as training writes them')
+                      help='evaluates every checkpoint of --log_dir while training writes them')
   one_of.add_argument('--graph', metavar='MODEL',
-                      help='evaluates a frozen model of write_pb.py: .pb, folder of a SavedModel, '
+                      help='evaluates a frozen model of write_pb.py: .pb, SavedModel folder, '
                       '.tflite or .onnx')
   group.add_argument('--watch_timeout', type=arguments.positive_float, default=1800,
-                     help='seconds without a new checkpoint after which --watch ends')
+                     help='seconds without a new checkpoint after which --watch stops')
   group.add_argument('--max_number_of_steps', type=arguments.positive_int,
-                     help='--watch ends with the checkpoint of this step, the last of training')
+                     help='step of the last checkpoint that --watch waits for')
   group.add_argument('--use_averages', choices=['auto', 'yes', 'no'], default='auto',
-                     help='takes the Polyak averages of the weights; auto: if there are any')
+                     help='whether to use the Polyak averages of the weights; auto: if the '
+                     'checkpoint has them')
   group = parser.add_argument_group('devices')
   group.add_argument('--batch_size', type=arguments.positive_int, default=32,
-                     help='images that a device is given at a time; does not change the result')
+                     help='images per device and step; does not change the result')
   group.add_argument('--num_clones', type=arguments.positive_int,
-                     help='devices that share the work, which does not change the result '
+                     help='devices that share the work; does not change the result '
                      '(default: every GPU, or the CPU)')
   group.add_argument('--eval_on_cpu', '--clone_on_cpu', action='store_true',
                      help='leaves the GPUs to training')
   args = parser.parse_args(argv)
   if args.graph and (args.num_clones or args.eval_on_cpu or args.use_averages != 'auto'):
-    parser.error('--graph has its weights frozen and runs where its runtime puts it: it goes '
-                 'without --use_averages, --num_clones and --eval_on_cpu')
+    parser.error('--graph has frozen weights, and its runtime chooses the devices: leave out '
+                 '--use_averages, --num_clones and --eval_on_cpu')
   return args
 
 
 def main(args):
-  # What is cheap to find out comes first.
+  # Cheap checks come first.
   checkpoint = (None if args.watch or args.graph else
                 checkpoints.find(args.log_dir, args.checkpoint_path))
   devices = None if args.graph else towers.tower_devices(args.num_clones, args.eval_on_cpu)
@@ -183,8 +185,8 @@ def main(args):
     print(f'Evaluating {args.graph} on {images}', flush=True)
     model = models.load(args.graph)
     if model.image_size is None:
-      raise models.ModelError(f'{args.graph} decodes images itself, and evaluation does too: '
-                              'give the .pb that takes pixels')
+      raise models.ModelError(f'{args.graph} decodes its images itself; evaluation needs a model '
+                              'that takes pixels, such as the .pb of --formats pb')
     computed, about, files = split.of_frozen_model(args.graph, model)
   else:
     choice = 'as named' if checkpoint == args.checkpoint_path else (

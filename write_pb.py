@@ -1,12 +1,12 @@
-"""Freezes a checkpoint into one .pb file, and into the formats of other programs.
+"""Freezes a checkpoint into a .pb file or into formats for other programs.
 
   python write_pb.py --log_dir log --output_file frozen_model_xception.pb
   python write_pb.py --log_dir log --formats pb,saved_model,tflite,onnx
 
-Writes the graph with its weights as constants and its batch norms folded, input
-node `input` (images) and output node `output` (probabilities); labels.txt and
-model.json beside it. Everything written is loaded again by its own runtime and
-compared with the checkpoint before it gets its name.
+Writes the graph with constant weights and folded batch norms, with the input node
+`input` (images) and the output node `output` (probabilities), and labels.txt and
+model.json beside it. Every file is loaded by its own runtime and compared with
+the checkpoint before it gets its final name.
 
 A .pb is a program: load only files that you or someone you trust made.
 """
@@ -33,8 +33,7 @@ def parse_formats(text):
   names = text.split(',')
   unknown = [name for name in names if name not in formats.FORMATS]
   if unknown:
-    raise argparse.ArgumentTypeError(
-        f'must be of {",".join(formats.FORMATS)}, got {text}')
+    raise argparse.ArgumentTypeError(f'must be among {",".join(formats.FORMATS)}, got {text}')
   return list(dict.fromkeys(names))
 
 
@@ -49,31 +48,31 @@ def parse_args(argv=None):
                       help='freezes this checkpoint, or the newest of this folder '
                       '(default: the newest of --log_dir)')
   parser.add_argument('--use_averages', choices=['auto', 'yes', 'no'], default='auto',
-                      help='whether to freeze the Polyak averages of the weights; auto: if '
-                      'the checkpoint has them')
+                      help='whether to freeze the Polyak averages of the weights; auto: if the '
+                      'checkpoint has them')
   parser.add_argument('--output_file', default='frozen_model_xception.pb',
-                      help='the frozen graph; labels.txt, model.json and the other formats '
-                      'are written beside it')
+                      help='frozen graph; the other formats, labels.txt and model.json are '
+                      'written beside it')
   parser.add_argument('--formats', type=parse_formats, default='pb',
-                      help=f'comma-separated, of {", ".join(formats.FORMATS)}')
+                      help=f'comma-separated formats: {", ".join(formats.FORMATS)}')
   parser.add_argument('--nofold', action='store_true',
-                      help='leaves the batch norms in the graph')
+                      help='keeps the batch norms in the graph')
   parser.add_argument('--precision', choices=models.PRECISIONS, default='float32',
-                      help='bfloat16 halves the file and is fast on CPUs with AVX512_BF16 or '
-                      'AMX; for pb, saved_model and jpeg_pb')
+                      help='bfloat16 halves the file size and is fast on CPUs with AVX512_BF16 '
+                      'or AMX; for pb, saved_model and jpeg_pb')
   group = parser.add_argument_group('comparison with the checkpoint')
   group.add_argument('--noverify', action='store_false', dest='verify',
                      help='writes the files without comparing them')
   group.add_argument('--dataset_dir',
-                     help='folder of the images to compare on (default: '
-                     f'{comparison.DATASET_DIR}; random images if it is not there)')
+                     help='dataset with the images to compare on (default: '
+                     f'{comparison.DATASET_DIR}, or random images if it does not exist)')
   group.add_argument('--dataset_name', default=flowers.DATASET_NAME,
-                     help='first part of the dataset files\' names')
+                     help='prefix of the dataset\'s file names')
   args = parser.parse_args(argv)
   if args.precision == 'bfloat16':
     wrong = [name for name in args.formats if not formats.FORMATS[name].has_bfloat16]
     if wrong or args.nofold:
-      parser.error('--precision bfloat16 does not go with '
+      parser.error('--precision bfloat16 cannot be combined with '
                    + ('--nofold' if args.nofold else f'--formats {",".join(wrong)}'))
   return args
 

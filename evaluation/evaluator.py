@@ -1,10 +1,10 @@
 """Evaluates checkpoints on every image of a split, exactly once each.
 
-  evaluator = evaluation.Evaluator(dataset, config, batch_size=32)
-  evaluation = evaluator('log/model.ckpt-1000')
+  evaluate = evaluator.Evaluator(dataset, config, batch_size=32)
+  evaluation = evaluate('log/model.ckpt-1000')
 
-The graph is built once and stands apart from the default one, so that training
-can evaluate what it has just saved.
+The network is built once, in a graph of its own, so that training can evaluate
+a checkpoint that it has just saved.
 """
 
 import collections
@@ -27,18 +27,18 @@ Evaluation = collections.namedtuple('Evaluation', [
     'labels',  # int64 [num_images]
     'probabilities',  # float32 [num_images, num_classes]
     'losses',  # float32 [num_images], cross-entropies
-    'positions',  # int64 [num_images], rising; the numbers of bad records are left out
-    'images',  # {index: float32 [height, width, 3] in [-1, 1]}, those asked for
-    'mistakes',  # indices of wrong predictions, as many as asked for, the most confident first
-    'uses_averages',  # whether the weights were Polyak averages; None if that is not known
+    'positions',  # int64 [num_images], record numbers in ascending order, without bad records
+    'images',  # {index: float32 [height, width, 3] in [-1, 1]} of the requested images
+    'mistakes',  # indices of the most confident wrong predictions, the most confident first
+    'uses_averages',  # whether the weights were Polyak averages; None if that is unknown
 ])
 
 
 class ImageReader:
-  """Reads and preprocesses a split from its first image to its last, as often as asked.
+  """Iterates over the preprocessed images of a split, from the first each time.
 
   Attributes:
-    num_images: how many there are, bad records included.
+    num_images: number of images, bad records included.
   """
 
   def __init__(self, dataset, batch_size, image_size, worker=0, num_workers=1):
@@ -46,9 +46,9 @@ class ImageReader:
 
     Args:
       dataset: slim Dataset from `flowers.get_split`.
-      batch_size: images of a batch; the last may have fewer.
+      batch_size: images per batch; the last batch may be smaller.
       image_size: height and width of the images in pixels.
-      worker, num_workers: reads every num_workers-th image, from `worker` on.
+      worker, num_workers: reads every num_workers-th image, starting with number `worker`.
     """
     self.num_images = dataset.num_samples
     self._graph = tf.Graph()
@@ -59,7 +59,7 @@ class ImageReader:
 
   def __iter__(self):
     """Yields images, labels and positions of `flowers.load_numbered_batch` as arrays."""
-    # The iterator's state belongs to the session: a new one starts from the first image.
+    # The session holds the iterator's state, so a new one starts from the first image.
     config = tf.ConfigProto(device_count={'GPU': 0})
     with tf.Session(graph=self._graph, config=config) as session:
       while True:
@@ -72,16 +72,16 @@ class ImageReader:
 
 def run_pass(reader, predict, num_batches=1, image_indices=(), num_mistakes=0,
              show_progress=False):
-  """Predicts every image once, in order, with whatever network.
+  """Predicts every image once, in order, with any network.
 
   Args:
     reader: ImageReader.
-    predict: function of a list of batches that returns one (probabilities,
-      losses) pair each.
-    num_batches: batches that predict is given at a time; fewer at the end.
-    image_indices: which images to return.
-    num_mistakes: how many of the most confident mistakes' images to return too.
-    show_progress: shows a bar on a terminal.
+    predict: function of a list of batches that returns a (probabilities,
+      losses) pair for each.
+    num_batches: batches per call of predict; the last call may get fewer.
+    image_indices: indices of images to return.
+    num_mistakes: number of the most confident mistakes whose images are returned too.
+    show_progress: whether to show a progress bar on a terminal.
 
   Returns:
     An Evaluation; uses_averages is None.
@@ -103,8 +103,8 @@ def run_pass(reader, predict, num_batches=1, image_indices=(), num_mistakes=0,
 class Evaluator:
   """Runs the network of checkpoints over every image of a split, in order.
 
-  Several devices take turns with whole batches. Every batch is the same for any
-  number of them, and so is every bit of the result.
+  Several devices take turns with whole batches. The batches do not depend on the
+  number of devices, and so neither does a single bit of the result.
   """
 
   def __init__(self, dataset, config, batch_size, devices=None, show_progress=False,
@@ -114,13 +114,13 @@ class Evaluator:
     Args:
       dataset: slim Dataset from `flowers.get_split`.
       config: ModelConfig of the checkpoints.
-      batch_size: images that a device is given at a time; changes speed and
-        memory, not the result.
+      batch_size: images per device and step; changes speed and memory, not the
+        result.
       devices: list of device names from `towers.tower_devices`; None is every
-        GPU, or the CPU of a machine without.
-      show_progress: shows a bar on a terminal.
-      workers: cluster.Workers or SingleWorker, who share the images and all have the
-        result of all.
+        GPU, or the CPU on a machine without one.
+      show_progress: whether to show a progress bar on a terminal.
+      workers: cluster.Workers or SingleWorker; they share the images, and each
+        gets the whole result.
     """
     self._workers = workers
     devices = devices or towers.tower_devices()
@@ -130,7 +130,7 @@ class Evaluator:
     self._savers = {}
     self._graph = tf.Graph()
     with self._graph.as_default(), slim.arg_scope(xception.xception_arg_scope()):
-      # Each tower is fed by itself: the last images need not divide by the towers.
+      # Each tower is fed separately: the last images need not divide evenly among them.
       self._towers = towers.replicate(lambda _: _build_tower(config), devices,
                                       tf.range(len(devices)))
     self._session = tf.Session(graph=self._graph, config=towers.session_config(devices))
@@ -141,31 +141,30 @@ class Evaluator:
     Args:
       checkpoint: path of the checkpoint.
       use_averages: 'auto', 'yes' or 'no', see `checkpoints.inference_saver`.
-      image_indices: which images to return as the network saw them.
-      num_mistakes: how many of the most confident mistakes' images to return too.
+      image_indices, num_mistakes: see `run_pass`.
 
     Returns:
       An Evaluation.
 
     Raises:
       checkpoints.CheckpointError: the checkpoint cannot be restored, or has no
-        averages and 'yes' asks for them.
+        averages and use_averages is 'yes'.
     """
     uses_averages = self._restore(checkpoint, use_averages)
     result = run_pass(self._reader, self._predict, len(self._towers), image_indices, num_mistakes,
                       self._show_progress)
-    return self._workers.merge_evaluation(result._replace(uses_averages=uses_averages),
-                               self._reader.num_images)
+    return self._workers.merge_evaluation(
+        result._replace(uses_averages=uses_averages), self._reader.num_images)
 
   def close(self):
-    """Gives back the memory of the weights."""
+    """Frees the memory of the weights."""
     self._session.close()
 
   def _restore(self, checkpoint, use_averages):
     """Restores the weights; returns whether they are averages."""
     try:
-      # The checkpoints of one training hold the same variables and share a saver: one for
-      # each would let the graph grow.
+      # Checkpoints with the same variables share a saver; one for each checkpoint would make
+      # the graph grow.
       key = use_averages, frozenset(
           name for name, _ in tf.train.list_variables(checkpoint))
       if key not in self._savers:
@@ -174,13 +173,13 @@ class Evaluator:
       saver, uses_averages = self._savers[key]
       saver.restore(self._session, checkpoint)
     except (tf.errors.OpError, ValueError) as error:
-      # What went wrong stands in front of the name of the op that it befell.
+      # The reason comes before the name of the failing operation.
       reason = str(error).split('[[{{node')[0].strip().splitlines()[-1]
       raise checkpoints.CheckpointError(f'{checkpoint} cannot be restored: {reason}') from error
     return uses_averages
 
   def _predict(self, batches):
-    """Returns probabilities and losses of up to as many batches as there are towers."""
+    """Returns probabilities and losses of batches, of which there are no more than towers."""
     fetches, feeds = [], {}
     for tower, (images, labels, _) in zip(self._towers, batches):
       fetches.append([tower.probabilities, tower.losses])
@@ -203,11 +202,11 @@ def _build_tower(config):
 
 
 class _ImageKeeper:
-  """Keeps some images of a pass: those asked for and the most confident mistakes.
+  """Keeps the requested images of a pass and those of the most confident mistakes.
 
   Attributes:
-    images: {index: float32 [height, width, 3]} of those kept.
-    mistakes: indices, the most confident first.
+    images: {index: float32 [height, width, 3]} of the images kept so far.
+    mistakes: indices of the mistakes kept so far, the most confident first.
   """
 
   def __init__(self, indices, num_mistakes):
@@ -222,7 +221,7 @@ class _ImageKeeper:
     return [index for _, index in self._mistakes]
 
   def add(self, images, labels, probabilities):
-    """Looks at the next batch of the pass."""
+    """Processes the next batch of the pass."""
     wrong = np.flatnonzero(probabilities.argmax(1) != labels)
     mistakes = [(-probabilities[i].max(), self._seen + int(i)) for i in wrong]
     self._mistakes = sorted(self._mistakes + mistakes)[:self._num_mistakes]

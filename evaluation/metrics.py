@@ -1,8 +1,7 @@
-"""Metrics of a classification: from labels and probabilities to numbers and their table.
+"""Computes the metrics of a classification and formats them as a table.
 
-Everything is numpy in float64 and equals scikit-learn's with zero_division=0: a
-precision or recall without a single image to count is 0. Averages are taken
-over all classes of the dataset, also those that never occur.
+A precision or recall without a single image to count is 0. Averages are taken
+over all classes of the dataset, including those that never occur.
 """
 
 import collections
@@ -32,7 +31,7 @@ ClassMetrics = collections.namedtuple('ClassMetrics', ['precision', 'recall', 'f
 
 
 def compute(labels, probabilities, losses):
-  """Computes all metrics of one evaluation.
+  """Computes all metrics of an evaluation.
 
   Args:
     labels: int [num_images] in [0, num_classes), one image or more.
@@ -42,11 +41,19 @@ def compute(labels, probabilities, losses):
   Returns:
     Metrics.
   """
+  from sklearn import metrics as sklearn_metrics  # takes a second that --help does not have
+
   num_images, num_classes = probabilities.shape
-  matrix = confusion_matrix(labels, probabilities.argmax(1), num_classes)
-  num_correct = int(np.trace(matrix))
-  classes = class_metrics(matrix)
-  scores = np.stack(classes[:3])
+  predictions = probabilities.argmax(1)
+
+  def class_metrics(average):
+    *scores, support = sklearn_metrics.precision_recall_fscore_support(
+        labels, predictions, labels=range(num_classes), average=average, zero_division=0)
+    if average:
+      return ClassMetrics(*map(float, scores), num_images)
+    return ClassMetrics(*scores, support)
+
+  num_correct = int((predictions == labels).sum())
   return Metrics(
       num_images=num_images,
       num_correct=num_correct,
@@ -54,53 +61,26 @@ def compute(labels, probabilities, losses):
       accuracy_interval=wilson_interval(num_correct, num_images),
       top_5_accuracy=top_k_accuracy(labels, probabilities) if num_classes > TOP_K else None,
       loss=float(np.mean(losses, dtype=np.float64)),
-      confusion_matrix=matrix,
-      classes=classes,
-      macro_average=ClassMetrics(*scores.mean(1).tolist(), num_images),
-      weighted_average=ClassMetrics(*(scores @ classes.support / num_images).tolist(),
-                                    num_images))
-
-
-def confusion_matrix(labels, predictions, num_classes):
-  """Counts the images of each label (row) that each prediction (column) was made for.
-
-  Args:
-    labels, predictions: int [num_images] in [0, num_classes).
-    num_classes: int.
-
-  Returns:
-    int64 [num_classes, num_classes].
-  """
-  pairs = np.asarray(labels) * num_classes + predictions
-  return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-def class_metrics(matrix):
-  """Returns the ClassMetrics of every class of a confusion matrix."""
-  correct = np.diag(matrix)
-  predicted, support = matrix.sum(0), matrix.sum(1)
-  return ClassMetrics(precision=_ratio(correct, predicted), recall=_ratio(correct, support),
-                      f1=_ratio(2 * correct, predicted + support), support=support)
-
-
-def _ratio(numerator, denominator):
-  return np.divide(numerator, denominator, out=np.zeros(len(numerator)),
-                   where=denominator > 0)
+      confusion_matrix=sklearn_metrics.confusion_matrix(
+          labels, predictions, labels=range(num_classes)),
+      classes=class_metrics(None),
+      macro_average=class_metrics('macro'),
+      weighted_average=class_metrics('weighted'))
 
 
 def top_k_accuracy(labels, probabilities, k=TOP_K):
   """Returns the share of the images whose label is among their k most probable classes.
 
-  Of classes that are equally probable the first comes first, as in argmax.
+  Of equally probable classes the first one wins, as in argmax and unlike in scikit-learn.
   """
   top = np.argsort(-probabilities, axis=1, kind='stable')[:, :k]
   return float((top == np.asarray(labels)[:, np.newaxis]).any(1).mean())
 
 
 def wilson_interval(num_correct, num_images, z=Z_95):
-  """Returns the Wilson score interval of a share: where the accuracy on all such images lies.
+  """Returns the Wilson score interval of an accuracy.
 
-  Unlike the normal approximation, it stays in [0, 1] and has a width at 0 and 1.
+  Unlike the normal approximation, it stays within [0, 1] and has a width at 0 and 1.
   """
   share = num_correct / num_images
   centre = share + z**2 / (2 * num_images)
@@ -110,23 +90,22 @@ def wilson_interval(num_correct, num_images, z=Z_95):
 
 
 def to_dict(metrics, class_names):
-  """Returns the metrics as what json.dumps takes."""
-  values = metrics._asdict()
-  values['accuracy_interval'] = list(metrics.accuracy_interval)
-  values['confusion_matrix'] = metrics.confusion_matrix.tolist()
+  """Returns the metrics in types that json.dumps accepts."""
   columns = (column.tolist() for column in metrics.classes)
-  values['classes'] = [
-      {'name': name, **ClassMetrics(*row)._asdict()}
-      for name, *row in zip(class_names, *columns)]
-  values['macro_average'] = metrics.macro_average._asdict()
-  values['weighted_average'] = metrics.weighted_average._asdict()
-  return values
+  return {
+      **metrics._asdict(),
+      'confusion_matrix': metrics.confusion_matrix.tolist(),
+      'classes': [{'name': name, **ClassMetrics(*row)._asdict()}
+                  for name, *row in zip(class_names, *columns)],
+      'macro_average': metrics.macro_average._asdict(),
+      'weighted_average': metrics.weighted_average._asdict(),
+  }
 
 
 def format_table(metrics, class_names):
-  """Returns the metrics of every class and their averages as lines of text.
+  """Returns the metrics of every class, and their averages, as lines of text.
 
-  Of more than MAX_TABLE_ROWS classes, it shows those with the lowest F1.
+  Of more than MAX_TABLE_ROWS classes, those with the lowest F1 are shown.
   """
   shown = range(len(class_names))
   if len(shown) > MAX_TABLE_ROWS:
@@ -142,8 +121,7 @@ def format_table(metrics, class_names):
   for name, (_, *numbers) in zip(names, rows):
     line = name + ' ' * (width - text_width(name))
     if numbers:
-      precision, recall, f1, support = numbers
-      line += f'  {precision:9.4f}  {recall:6.4f}  {f1:6.4f}  {support:7d}'
+      line += '  {:9.4f}  {:6.4f}  {:6.4f}  {:7d}'.format(*numbers)
     lines.append(line)
   return '\n'.join(lines)
 

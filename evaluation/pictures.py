@@ -1,8 +1,8 @@
-"""Draws what an evaluation found as PNG pictures; needs no display.
+"""Draws the results of an evaluation as PNG pictures, without a display.
 
-Class names are drawn as they are: in whichever installed fonts have their
-characters, without markup, and long ones shortened in the middle. A name that
-no installed font has all characters of becomes its number, like #3.
+Class names are drawn literally, without markup, in installed fonts that have
+their characters; long names are shortened in the middle. A name with a
+character that no installed font has is replaced by its number, like #3.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ BASE_FONT = 'DejaVu Sans'  # comes with matplotlib
 GRID_COLUMNS = 6
 MAX_GRID_IMAGES = 30
 MAX_NAME_WIDTH = 21  # columns of a terminal, see metrics.text_width
-MAX_NUMBERED_CLASSES = 30  # up to here the cells of the confusion matrix show their counts
-MAX_NAMED_CLASSES = 120  # up to here its rows and columns show their names
-NUM_CONFUSIONS = 20  # pairs listed beside it where the cells show no counts
+MAX_NUMBERED_CLASSES = 30  # up to this many, cells of the confusion matrix show their counts
+MAX_NAMED_CLASSES = 120  # up to this many, its rows and columns show their names
+NUM_CONFUSIONS = 20  # pairs listed beside a confusion matrix without counts
 THUMBNAIL_SIZE = 128  # pixels of the longer side
 MAX_SHEET_ROWS = 100  # classes on a contact sheet
 RIGHT, WRONG = 'darkgreen', 'crimson'
 DPI = 100
 
-# A fallback font may have one weight only: matplotlib takes it, and says so each time.
+# Silences matplotlib's message each time a fallback font lacks the requested weight.
 logging.getLogger('matplotlib.font_manager').addFilter(
     lambda record: 'font weight' not in record.getMessage())
 
@@ -48,10 +48,10 @@ def draw_confusion_matrix(matrix, class_names):
   with _drawable_names(class_names) as names:
     side = _matrix_side(len(names))
     figure = Figure(figsize=(side, side))
-    # The matrix fills the figure, which is saved with whatever the names need around it.
+    # The matrix fills the figure; saving it adds the space that the names need.
     axis = figure.add_axes((0, 0, 1, 1))
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    # The root shows what is rare: one image in 100 is a tenth of the colour, not a hundredth.
+    # The square root makes rare mistakes visible: 1 % of the images has 10 % of the colour.
     axis.imshow(np.sqrt(np.ma.masked_equal(shares, 0)), cmap='Blues', vmin=0, vmax=1, zorder=1)
     _label_axes(axis, names)
     if len(names) <= MAX_NUMBERED_CLASSES:
@@ -74,22 +74,22 @@ def _matrix_side(num_classes):
 
 
 def _label_axes(axis, names):
-  """Names the rows and columns of a confusion matrix."""
+  """Labels the rows and columns of a confusion matrix with names."""
   axis.set_xlabel('prediction')
   axis.set_ylabel('label')
   num_classes = len(names)
   if num_classes > MAX_NAMED_CLASSES:
-    return  # their numbers, where matplotlib puts them
+    return  # matplotlib's own numbers
   size = 10 if num_classes <= MAX_NUMBERED_CLASSES else 7
   axis.set_xticks(range(num_classes), names, rotation=90, fontsize=size)
   axis.set_yticks(range(num_classes), names, fontsize=size)
-  # Below the cells: lines that lead from a rare mistake to its names.
+  # Lines below the cells lead from a rare mistake to its names.
   axis.grid(color='0.9', linewidth=0.5)
   axis.set_axisbelow(True)
 
 
 def _list_confusions(axis, matrix, names):
-  """Writes the most frequent mistakes beside a confusion matrix without numbers."""
+  """Lists the most frequent mistakes beside a confusion matrix without counts."""
   mistakes = matrix - np.diag(np.diag(matrix))
   order = np.argsort(-mistakes, axis=None, kind='stable')[:NUM_CONFUSIONS]
   lines = [f'{mistakes.flat[i]} x  {names[i // len(names)]}  →  {names[i % len(names)]}'
@@ -99,13 +99,13 @@ def _list_confusions(axis, matrix, names):
 
 
 def draw_predictions(result, indices, class_names, title):
-  """Draws images as the network saw them, with what it took them for.
+  """Draws images as the network saw them, with their predictions.
 
   Args:
-    result: evaluation.Evaluation that has the images.
-    indices: which images, at most MAX_GRID_IMAGES.
+    result: evaluator.Evaluation that has the images.
+    indices: indices of the images, at most MAX_GRID_IMAGES.
     class_names: list of names.
-    title: line above the images.
+    title: text above the images.
 
   Returns:
     Bytes of a PNG file.
@@ -163,18 +163,18 @@ def draw_contact_sheet(thumbnails, class_names):
 
 
 def undrawable_names(class_names):
-  """Returns those names that no installed font can draw, and that become numbers."""
+  """Returns the names that no installed font can draw."""
   _, undrawable = _fallback_fonts(''.join(class_names))
   return [name for name in class_names if undrawable.intersection(name)]
 
 
 @contextlib.contextmanager
 def _drawable_names(class_names):
-  """Lets matplotlib draw class names inside the context; yields them as they are to be drawn."""
+  """Sets up matplotlib's fonts for class names; yields the texts to draw for them."""
   families, undrawable = _fallback_fonts(''.join(class_names))
   with matplotlib.rc_context({
       'font.family': [BASE_FONT, *families],
-      'text.parse_math': False,  # a $ in a name is a $
+      'text.parse_math': False,  # draws a $ as a $
   }):
     yield [f'#{label}' if undrawable.intersection(name) else metrics.shorten(name, MAX_NAME_WIDTH)
            for label, name in enumerate(class_names)]
@@ -182,16 +182,16 @@ def _drawable_names(class_names):
 
 @functools.lru_cache(maxsize=8)
 def _fallback_fonts(text):
-  """Finds installed fonts for what BASE_FONT lacks of a text.
+  """Finds installed fonts for the characters of a text that BASE_FONT lacks.
 
   Returns:
-    List of font families, and the set of the characters that none of them has.
+    List of font families, and the set of characters that no font has.
   """
   missing = set(map(ord, text)) - _coverage(font_manager.findfont(BASE_FONT))
   if not missing:
     return [], set()
   installed = set(font_manager.findSystemFonts())
-  # matplotlib keeps a list of fonts, which lacks those installed since.
+  # matplotlib caches its list of fonts, which lacks those installed since.
   for path in installed.difference(entry.fname for entry in font_manager.fontManager.ttflist):
     with contextlib.suppress(RuntimeError):  # a font that matplotlib cannot read
       font_manager.fontManager.addfont(path)
@@ -207,7 +207,7 @@ def _fallback_fonts(text):
 
 @functools.cache
 def _coverage(path):
-  """Returns the code points that a font file has characters for."""
+  """Returns the code points that a font file has glyphs for."""
   return frozenset(font_manager.get_font(path).get_charmap())
 
 

@@ -1,4 +1,4 @@
-"""Writes what an evaluation found: its files, and its TensorBoard events."""
+"""Evaluates a split and writes the results to files and to TensorBoard."""
 
 import csv
 import io
@@ -16,28 +16,31 @@ from evaluation import metrics
 from evaluation import pictures
 from records import flowers
 
-# A probability that rounds to 0 costs as much as the smallest float32.
+# Keeps the loss finite where a probability is rounded to 0.
 MIN_PROBABILITY = np.finfo(np.float32).tiny
 
 
 def write(folder, writer, result, computed, picture_indices, class_names, about):
-  """Writes everything that one evaluation leaves behind.
+  """Writes the files and events of one evaluation.
 
   Args:
-    folder: where the files go.
+    folder: folder of the files.
     writer: tf.summary.FileWriter.
-    result: evaluation.Evaluation.
-    computed: metrics.Metrics of it.
-    picture_indices: images for predictions.png.
+    result: evaluator.Evaluation.
+    computed: its metrics.Metrics.
+    picture_indices: indices of the images in predictions.png.
     class_names: list of names.
-    about: dict of what was evaluated, for metrics.json; has global_step.
+    about: dict that describes the evaluation in metrics.json; has global_step.
 
   Returns:
     Names of the files.
   """
   drawn = _draw_pictures(result, computed, picture_indices, class_names)
+  values = {**metrics.to_dict(computed, class_names), **about}
+  text = json.dumps(values, indent=2, ensure_ascii=False) + '\n'
   contents = {
-      'metrics.json': _format_json({**metrics.to_dict(computed, class_names), **about}).encode(),
+      # Bytes of a path that are not UTF-8 become JSON escapes.
+      'metrics.json': text.encode(errors='backslashreplace'),
       'predictions.csv': _format_predictions(result, class_names).encode(),
       **{f'{name}.png': png for name, png in drawn.items()},
   }
@@ -48,26 +51,12 @@ def write(folder, writer, result, computed, picture_indices, class_names, about)
   return list(contents)
 
 
-def _format_json(values):
-  """Returns a dict as JSON text; a table in it has one line a row."""
-  def line(value):
-    return json.dumps(value, ensure_ascii=False)
-
-  def item(value):
-    if isinstance(value, list) and isinstance(value[0], (list, dict)):
-      return '[\n' + ',\n'.join(f'    {line(row)}' for row in value) + '\n  ]'
-    return line(value)
-
-  return '{\n' + ',\n'.join(f'  {line(key)}: {item(value)}'
-                            for key, value in values.items()) + '\n}\n'
-
-
 def _format_predictions(result, class_names):
-  """Returns an Evaluation as CSV text with a line an image.
+  """Returns an Evaluation as CSV text with one line per image.
 
   The columns are `record` (the image's number in the split), `label`,
-  `prediction` (ids of labels.txt), and a probability for each class, headed
-  like 0:daisy, with all the digits that it takes to read the same float32.
+  `prediction` (ids of labels.txt) and a probability for each class, headed
+  like 0:daisy, with enough digits to restore the same float32.
   """
   text = io.StringIO()
   writer = csv.writer(text, lineterminator='\n')
@@ -81,7 +70,7 @@ def _format_predictions(result, class_names):
 
 
 def _draw_pictures(result, computed, picture_indices, class_names):
-  """Returns {name: bytes of a PNG file} of what is to be seen of an Evaluation."""
+  """Returns {name: bytes of a PNG file} of the pictures of an Evaluation."""
   num_mistakes = computed.num_images - computed.num_correct
   return {
       'confusion_matrix': pictures.draw_confusion_matrix(computed.confusion_matrix, class_names),
@@ -89,13 +78,13 @@ def _draw_pictures(result, computed, picture_indices, class_names):
           result, result.mistakes, class_names,
           f'The most confident of {num_mistakes} mistakes' if num_mistakes else 'No mistakes'),
       'predictions': pictures.draw_predictions(
-          result, picture_indices, class_names, 'Images of all of the split'),
+          result, picture_indices, class_names, 'Images from the whole split'),
   }
 
 
 def _write_events(writer, computed, drawn, table, step):
-  """Adds metrics, pictures and table to TensorBoard at the checkpoint's step."""
-  # The tags of train_flowers.py: both curves share one chart.
+  """Adds metrics, pictures and the table to TensorBoard at the checkpoint's step."""
+  # Tags of train_flowers.py, so that both curves share one chart.
   scalars = {'accuracy': computed.accuracy, 'losses/cross_entropy': computed.loss,
              'macro_f1': computed.macro_average.f1}
   if computed.top_5_accuracy is not None:
@@ -105,7 +94,7 @@ def _write_events(writer, computed, drawn, table, step):
              for tag, png in drawn.items()]
   text_metadata = tf.SummaryMetadata(
       plugin_data=tf.SummaryMetadata.PluginData(plugin_name='text'))
-  # Indented by four spaces, Markdown leaves the columns as they are.
+  # Markdown keeps the columns of lines that are indented by four spaces.
   markdown = '\n'.join(f'    {line}' for line in table.splitlines())
   values.append(tf.Summary.Value(tag='metrics', metadata=text_metadata,
                                  tensor=tf.make_tensor_proto(markdown.encode())))
@@ -114,7 +103,7 @@ def _write_events(writer, computed, drawn, table, step):
 
 
 def _report_bad_records(dataset, bad_numbers):
-  """Warns of the records that could not be evaluated, and of shards cut short."""
+  """Warns of records that could not be evaluated, and of truncated shards."""
   for damage in dataset.records.damages:
     print(f'Warning: {damage}', file=sys.stderr)
   for number in bad_numbers[:flowers.MAX_NAMED_BAD_RECORDS]:
@@ -126,7 +115,7 @@ def _report_bad_records(dataset, bad_numbers):
 
 
 class SplitEvaluation:
-  """Evaluates networks on a split and writes what was found.
+  """Evaluates networks on a split and writes the results.
 
   Attributes:
     class_names: names of the split's classes.
@@ -138,8 +127,8 @@ class SplitEvaluation:
     Args:
       dataset: slim Dataset from `flowers.get_split`.
       log_eval: folder of the results; created if missing.
-      batch_size: images that a network is given at a time.
-      about: dict of what metrics.json is to say beside the metrics.
+      batch_size: images per step.
+      about: dict of further entries of metrics.json.
     """
     self.class_names = [name for _, name in sorted(dataset.labels_to_names.items())]
     self._dataset = dataset
@@ -152,11 +141,11 @@ class SplitEvaluation:
         0, dataset.num_samples - 1, num_pictures).astype(int).tolist()
 
   def of_checkpoints(self, devices, use_averages):
-    """Returns a function that evaluates one checkpoint of a training run after another.
+    """Returns a function that evaluates the checkpoints of a training run, one per call.
 
-    The function takes a checkpoint's path and returns what `_report` does; it
-    raises checkpoints.CheckpointError if the checkpoint cannot be read, or is of
-    another model or dataset.
+    The function takes a checkpoint's path and returns what `_report` returns. It
+    raises a checkpoints.CheckpointError if the checkpoint cannot be read or
+    belongs to another model or dataset.
 
     Args:
       devices, use_averages: see `evaluator.Evaluator`.
@@ -178,7 +167,7 @@ class SplitEvaluation:
     return evaluate
 
   def of_frozen_model(self, path, model):
-    """Evaluates a frozen model; returns what `_report` does.
+    """Evaluates a frozen model; returns what `_report` returns.
 
     Args:
       path: the model's path, for the report.
@@ -213,28 +202,28 @@ class SplitEvaluation:
 
     Args:
       result: evaluator.Evaluation.
-      about: dict of what was evaluated; has global_step.
+      about: dict that describes the network; has global_step.
 
     Returns:
       computed: metrics.Metrics.
-      about: dict of all that metrics.json says beside them.
+      about: dict of all other entries of metrics.json.
       files: names of the files.
     """
     if self._writer is None:
       undrawable = pictures.undrawable_names(self.class_names)
       if undrawable:
-        print(f'Warning: no font of this machine can draw {", ".join(undrawable)}: in pictures '
-              'they are numbers. On Debian, apt install fonts-noto-cjk has most', file=sys.stderr)
+        print(f'Warning: no installed font can draw {", ".join(undrawable)}; pictures show their '
+              'numbers. On Debian, apt install fonts-noto-cjk helps with most', file=sys.stderr)
       os.makedirs(self._log_eval, exist_ok=True)
       self._writer = tf.summary.FileWriter(self._log_eval)
     bad_numbers = sorted(set(range(self._dataset.num_samples)).difference(result.positions))
     _report_bad_records(self._dataset, bad_numbers)
     computed = metrics.compute(result.labels, result.probabilities, result.losses)
     about = {'num_bad_records': len(bad_numbers), **about, **self._about}
-    # Bad records leave no images for the last of the indices.
+    # With bad records, there are fewer images than records.
     indices = [index for index in self._picture_indices if index in result.images]
     file_names = write(self._log_eval, self._writer, result, computed, indices,
-                         self.class_names, about)
+                       self.class_names, about)
     return computed, about, file_names
 
 

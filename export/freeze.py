@@ -1,4 +1,4 @@
-"""Freezes a checkpoint, and writes it in every format that is asked for.
+"""Freezes a checkpoint and writes it in one or more formats.
 
   graph_def, predict, is_averaged = freeze.freeze(checkpoint, config)
 """
@@ -26,7 +26,7 @@ import xception_preprocessing
 
 
 class FreezeError(Exception):
-  """The graph cannot be written where it was asked for, or is not right."""
+  """The files cannot be written to the requested place."""
 
 
 def freeze(checkpoint, config, use_averages='auto'):
@@ -41,8 +41,8 @@ def freeze(checkpoint, config, use_averages='auto'):
     graph_def: tf.GraphDef with nodes `input`, float32
       [None, image_size, image_size, 3] in [-1, 1], and `output`, float32
       [None, num_classes], the softmax.
-    predict: function of images, as `input` takes them, that returns the
-      checkpoint's own probabilities.
+    predict: function of images as for `input` that returns the probabilities of
+      the checkpoint itself.
     is_averaged: whether the weights are Polyak averages.
   """
   session = tf.Session(graph=tf.Graph())
@@ -62,10 +62,10 @@ def freeze(checkpoint, config, use_averages='auto'):
 
 
 def plan_files(format_names, output_file):
-  """Returns {format: path} of the files to write; the others follow the .pb's name.
+  """Returns {format: path} of the files to write; all are named after output_file.
 
   Raises:
-    FreezeError: there is no such folder, or something else is in a file's place.
+    FreezeError: the folder does not exist, or something else has a file's name.
   """
   folder = os.path.dirname(output_file) or '.'
   if not os.path.isdir(folder):
@@ -78,12 +78,12 @@ def plan_files(format_names, output_file):
       raise FreezeError(f'{path} is a folder: choose another --output_file')
     if name == 'saved_model' and os.path.exists(path) and not (
         os.path.isfile(os.path.join(path, 'saved_model.pb'))):
-      raise FreezeError(f'{path} exists and is no SavedModel: choose another --output_file')
+      raise FreezeError(f'{path} exists and is not a SavedModel: choose another --output_file')
   return paths
 
 
 def check_labels(class_names, path):
-  """Refuses to replace a labels.txt that names other classes."""
+  """Raises a FreezeError if `path` is a labels.txt of other classes."""
   if os.path.exists(path):
     with open(path, encoding='utf-8') as f:
       if f.read() != labels_text(class_names):
@@ -107,7 +107,7 @@ def write_drafts(graph_def, class_names, paths, folder):
 
 
 def _describe_files(paths, comparisons):
-  """Returns what model.json says about the files: format, bytes, SHA-256, comparison."""
+  """Returns the entries of model.json for files: format, bytes, SHA-256, comparison."""
   described = []
   for name, path in paths.items():
     for file in models.files_below(path):
@@ -155,7 +155,7 @@ def _describe_model(checkpoint, config, is_averaged, fold, precision, described_
 
 
 def _replace(source, target):
-  """Gives a file or a folder its final name; replaces what had it."""
+  """Renames a file or a folder, replacing `target` if it exists."""
   if not os.path.isdir(target):
     os.replace(source, target)
     return
@@ -166,24 +166,24 @@ def _replace(source, target):
 
 def write_models(checkpoint, config, paths, images=None, use_averages='auto', fold=True,
                  precision='float32'):
-  """Freezes a checkpoint and writes it in several formats, labels.txt and model.json beside them.
+  """Freezes a checkpoint and writes it in several formats, with labels.txt and model.json.
 
-  Nothing gets its final name before every file was compared with the checkpoint.
+  No file gets its final name before all have been compared with the checkpoint.
 
   Args:
     checkpoint: path of the checkpoint.
     config: its ModelConfig.
     paths: {format: path}, from `plan_files`.
-    images: comparison.Images to compare on; None compares nothing.
+    images: comparison.Images to compare on, or None for no comparison.
     use_averages: see `freeze`.
-    fold: whether batch norms are folded into the convolutions.
-    precision: one of models.PRECISIONS, what the files compute in.
+    fold: whether to fold batch norms into the convolutions.
+    precision: one of models.PRECISIONS.
 
   Returns:
     Whether the weights are Polyak averages.
 
   Raises:
-    comparison.ComparisonError: a file does not compute what the checkpoint does.
+    comparison.ComparisonError: a file's predictions differ from the checkpoint's.
   """
   folder = os.path.dirname(next(iter(paths.values()))) or '.'
   graph_def, predict, is_averaged = freeze(checkpoint, config, use_averages)

@@ -1,4 +1,4 @@
-"""Tests of classifying files: which ones, as which pixels, and what is printed."""
+"""Tests of classify_image.py: which files it takes, as which pixels, and what it prints."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ import small_model
 
 
 def drawn_flowers(count):
-  """The first validation images: their bytes."""
+  """Returns the bytes of the first validation images."""
   dataset = flowers.get_split('validation', DATASET_DIR)
   return [tf.train.Example.FromString(dataset.records[i]).features.feature[
       'image/encoded'].bytes_list.value[0] for i in range(count)]
@@ -42,7 +42,7 @@ class ClassifyImageTest(tf.test.TestCase):
     graph_def, predict, _ = freeze.freeze(checkpoint, checkpoints.load_config(checkpoint))
     cls.predict = staticmethod(predict)
     cls.pb = freeze.write_drafts(graph_def, small_model.CLASS_NAMES, {'pb': 'model.pb'},
-                                   cls.model_dir)['pb']
+                                 cls.model_dir)['pb']
 
   def setUp(self):
     super().setUp()
@@ -70,7 +70,7 @@ class ClassifyImageTest(tf.test.TestCase):
     (self.dir / 'empty').mkdir()
     self.assertEqual(find('empty'), ['empty'])
 
-  def test_drawn_flowers_are_as_evaluated(self):
+  def test_results_equal_those_of_evaluation(self):
     expected, labels = small_model.validation_images()
     load = classify_image.ImageLoader(small_model.IMAGE_SIZE)
     for i, content in enumerate(drawn_flowers(10)):
@@ -91,7 +91,7 @@ class ClassifyImageTest(tf.test.TestCase):
                         for prediction in result.predictions])
       self.assertEqual(sorted(found.values(), reverse=True), list(found.values()))
 
-  def test_every_kind_of_image_is_as_its_record_is_evaluated(self):
+  def test_every_kind_of_image_is_preprocessed_as_in_evaluation(self):
     image = Image.open(io.BytesIO(drawn_flowers(1)[0])).convert('RGB')
     exif = Image.Exif()
     exif[image_files.EXIF_ORIENTATION] = 6
@@ -132,7 +132,7 @@ class ClassifyImageTest(tf.test.TestCase):
       self.assertEqual([len(result.predictions) for result in results], [1, 0, 0, 0, 0, 0, 1])
       for result, message in zip(results, [
           None, 'cannot be decoded', 'it is not an image', 'cannot be read: No such file',
-          'the folder holds no image', 'more than 268435456 bytes', None]):
+          'the folder contains no image', 'more than 268435456 bytes', None]):
         if message:
           self.assertIn(message, result.error)
         else:
@@ -182,8 +182,8 @@ class ClassifyImageTest(tf.test.TestCase):
     self.assertIn(b'classify_image.py: There is no model none.pb', result.stderr)
     self.assertNotIn(b'Traceback', result.stderr)
 
-  def test_bytes_that_mean_harm(self):
-    # The 10,000 of tests/hostile_images.py take minutes; these take seconds.
+  def test_hostile_images(self):
+    # By default, tests/hostile_images.py has 10,000 images and takes minutes.
     result = subprocess.run(
         [sys.executable, os.path.join(PROJECT, 'tests', 'hostile_images.py'), '--graph', self.pb,
          '--num_images', '300', '--num_bombs', '1'],

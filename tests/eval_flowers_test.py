@@ -1,4 +1,4 @@
-"""Tests of eval_flowers.py: its files against scikit-learn, its choices, and --watch."""
+"""Tests of eval_flowers.py: its files, its options, --graph and --watch."""
 
 import contextlib
 import csv
@@ -11,13 +11,13 @@ import tempfile
 from unittest import mock
 
 import numpy as np
-from sklearn import metrics as sklearn_metrics
 import tensorflow.compat.v1 as tf
 
 from common import checkpoints
 from deployment import towers
 import eval_flowers
 from evaluation import evaluator
+from evaluation import metrics
 from evaluation import report
 from export import models
 import pipeline_test
@@ -30,7 +30,7 @@ FILES = ['metrics.json', 'predictions.csv', 'confusion_matrix.png', 'mistakes.pn
 
 
 def evaluate(*args):
-  """Runs eval_flowers.py in this process, on the CPU; returns what it printed."""
+  """Runs eval_flowers.py in this process, on the CPU; returns its output."""
   output = io.StringIO()
   with contextlib.redirect_stdout(output):
     eval_flowers.main(eval_flowers.parse_args(
@@ -48,7 +48,7 @@ class EvalTestCase(tf.test.TestCase):
     os.mkdir(self.log_dir)
 
   def without_pictures(self):
-    """Saves the time that it takes to draw."""
+    """Saves the time of drawing."""
     patch = mock.patch.object(report, '_draw_pictures', return_value={})
     patch.start()
     self.addCleanup(patch.stop)
@@ -73,7 +73,7 @@ class EvalTestCase(tf.test.TestCase):
 
 class OnceTest(EvalTestCase):
 
-  def test_files_agree_with_scikit_learn(self):
+  def test_files_agree_with_each_other(self):
     checkpoint = small_model.write_checkpoint(self.log_dir, 3, is_fitted=False)
     output = evaluate('--log_dir', self.log_dir)
     header, rows = self.read_predictions()
@@ -84,24 +84,13 @@ class OnceTest(EvalTestCase):
     self.assertAllEqual(predictions, probabilities.argmax(1))
 
     found = self.read_metrics()
-
-    def assert_same(value, expected, atol=1e-12):
-      np.testing.assert_allclose(value, expected, rtol=0, atol=atol)
-
-    expected = sklearn_metrics.classification_report(
-        labels, predictions, labels=range(5), target_names=header[3:], output_dict=True,
-        zero_division=0)
-    assert_same(found['accuracy'], expected['accuracy'])
-    for mine, theirs in [(found['macro_average'], expected['macro avg']),
-                         (found['weighted_average'], expected['weighted avg']),
-                         *zip(found['classes'], (expected[name] for name in header[3:]))]:
-      for key, sklearn_key in (('precision', 'precision'), ('recall', 'recall'),
-                               ('f1', 'f1-score'), ('support', 'support')):
-        assert_same(mine[key], theirs[sklearn_key])
-    assert_same(found['confusion_matrix'],
-                sklearn_metrics.confusion_matrix(labels, predictions))
-    # The loss comes from logits, which probabilities of float32 know to 1e-7 only.
-    assert_same(found['loss'], -np.log(probabilities[range(100), labels.astype(int)]).mean(), 1e-5)
+    # The loss is computed from logits, and probabilities in float32 are exact to 1e-7 only.
+    self.assertAllClose(
+        found['loss'], -np.log(probabilities[range(100), labels.astype(int)]).mean(), atol=1e-5)
+    expected = metrics.to_dict(metrics.compute(labels.astype(int), probabilities, np.zeros(100)),
+                               small_model.CLASS_NAMES)
+    for key in ('accuracy', 'confusion_matrix', 'classes', 'macro_average', 'weighted_average'):
+      self.assertEqual(found[key], expected[key])
     self.assertIsNone(found['top_5_accuracy'])
     self.assertEqual((found['checkpoint'], found['global_step'], found['num_images'],
                       found['num_bad_records'], found['uses_averages']),
@@ -118,8 +107,8 @@ class OnceTest(EvalTestCase):
         f'Wrote {", ".join(FILES)} and events to {self.log_dir}/eval',
         'Weights: as trained, not averaged',
         f'Loss: {found["loss"]:.4f}',
-        'Top-5 accuracy: left out, it is always 1 with 5 classes',
-        f'95 % interval of the accuracy: {low:.4f} to {high:.4f}',
+        'Top-5 accuracy: omitted, it is always 1 with 5 classes',
+        f'95 % confidence interval of the accuracy: {low:.4f} to {high:.4f}',
         f'Accuracy: {found["accuracy"]:.4f} ({found["num_correct"]} of 100)'])
     self.assertContainsSubset(FILES, os.listdir(os.path.join(self.log_dir, 'eval')))
 
@@ -151,7 +140,7 @@ class OnceTest(EvalTestCase):
     self.assertEqual(self.read_metrics(), expected)
     self.assertAllEqual(self.read_predictions()[1], expected_rows)
 
-  def test_mistakes(self):
+  def test_wrong_options(self):
     small_model.write_checkpoint(self.log_dir, 1, is_fitted=False)
     for error, message, args in [
         (checkpoints.CheckpointError, 'has no averages of the weights', ['--use_averages', 'yes']),
@@ -189,7 +178,7 @@ class GraphTest(EvalTestCase):
       self.assertEqual(found['confusion_matrix'], expected['confusion_matrix'])
       self.assertEqual((found['graph'], found['global_step']), (path, small_model.GLOBAL_STEP))
 
-    with self.assertRaisesRegex(models.ModelError, 'model_jpeg.pb decodes images itself'):
+    with self.assertRaisesRegex(models.ModelError, 'model_jpeg.pb decodes its images itself'):
       self.evaluate_graph(os.path.join(self.dir, 'model_jpeg.pb'))
     with open(os.path.join(self.dir, 'labels.txt'), 'w') as f:
       f.writelines(f'{i}:{name}\n' for i, name in enumerate('abcde'))
@@ -213,7 +202,7 @@ class GraphTest(EvalTestCase):
     os.remove(os.path.join(self.dir, 'model.json'))
     self.assertIn('\nWeights: as frozen\n', self.evaluate_graph(pb))
 
-  def test_options_that_do_not_go_together(self):
+  def test_options_that_exclude_each_other(self):
     for option in (['--use_averages', 'no'], ['--num_clones', '2'], ['--eval_on_cpu'], ['--watch'],
                    ['--checkpoint_path', 'log']):
       with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
@@ -227,7 +216,7 @@ class WatchTest(EvalTestCase):
     self.without_pictures()
 
   def save_all(self, *steps):
-    """Writes checkpoints that the folder's state names; returns their paths."""
+    """Writes checkpoints that the file `checkpoint` lists; returns their paths."""
     paths = [small_model.write_checkpoint(self.log_dir, step, is_fitted=False) for step in steps]
     tf.train.update_checkpoint_state(self.log_dir, paths[-1], paths)
     return paths
@@ -257,8 +246,8 @@ class WatchTest(EvalTestCase):
     self.assertEqual(steps, sorted(set(steps)))
     self.assertContainsSubset(kept, steps)
     self.assertEqual(output.splitlines()[-1],
-                     f'Evaluated {len(steps)} checkpoints, the last of them of step 12')
-    # One chart shows both curves: the tags and the steps are the same.
+                     f'Evaluated {len(steps)} checkpoints, the last one at step 12')
+    # Equal tags and steps put both curves into one chart.
     trained = {(value.tag, event.step)
                for path in tf.gfile.Glob(os.path.join(self.log_dir, 'events.*'))
                for event in tf.train.summary_iterator(path) for value in event.summary.value}
@@ -272,13 +261,13 @@ class WatchTest(EvalTestCase):
     self.save_all(1, 2)
     output = self.watch().splitlines()
     self.assertEqual(output[0],
-                     f'Watching {self.log_dir} until nothing new has come for 1 seconds')
+                     f'Watching {self.log_dir} until there is no new checkpoint for 1 seconds')
     self.assertEqual([line.split(':')[0] for line in output[1:3]], ['Step 1', 'Step 2'])
-    self.assertEqual(output[3:], ['Evaluated 2 checkpoints; no other came in 1 seconds'])
+    self.assertEqual(output[3:], ['Evaluated 2 checkpoints; no new one for 1 seconds'])
     self.assertEqual(self.read_metrics()['global_step'], 2)
 
   def test_nothing_comes(self):
-    with self.assertRaisesRegex(checkpoints.CheckpointError, 'No checkpoint came into .*log in 1'):
+    with self.assertRaisesRegex(checkpoints.CheckpointError, 'No checkpoint in .*log after 1'):
       self.watch()
     self.assertEmpty(os.listdir(self.log_dir))
 
@@ -287,17 +276,17 @@ class WatchTest(EvalTestCase):
     self.delete(before)
     restore = evaluator.Evaluator._restore
 
-    def delete_and_restore(evaluator, checkpoint, use_averages):
+    def delete_and_restore(evaluate, checkpoint, use_averages):
       if checkpoint == during:
         self.delete(checkpoint)
-      return restore(evaluator, checkpoint, use_averages)
+      return restore(evaluate, checkpoint, use_averages)
 
     with mock.patch.object(evaluator.Evaluator, '_restore', delete_and_restore):
       output = self.watch().splitlines()
     self.assertEqual(output[1], f'{before} was deleted before it was evaluated')
     self.assertEqual(output[2], f'{during} was deleted before it was evaluated')
     self.assertStartsWith(output[3], 'Step 3: ')
-    self.assertEqual(output[4], 'Evaluated 1 checkpoints; no other came in 1 seconds')
+    self.assertEqual(output[4], 'Evaluated 1 checkpoints; no new one for 1 seconds')
 
   def test_damaged_checkpoint(self):
     path, = self.save_all(1)

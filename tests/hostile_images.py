@@ -1,13 +1,12 @@
-"""Feeds classify_image.py with images that mean harm, and watches its memory.
+"""Feeds classify_image.py with damaged and hostile images and watches its memory.
 
   python tests/hostile_images.py --graph frozen_model_xception.pb
 
-Good images of seven formats are cut short, their bits are flipped, their
-headers exchanged and stretches of them overwritten; some claim sizes that no
-memory holds. Every one must be classified or refused in a sentence. Then they
-all come once more, and after each time without the large ones, whose memory
-TensorFlow gives back or keeps as it likes: the small ones must not take more
-than they did the first time. It ends with 1 if they do.
+Images of seven formats are truncated, or get flipped bits, the header of another
+format or overwritten stretches; some claim sizes that exceed any memory. Each of
+them must be classified or refused with a message. All images are fed twice, each
+time followed by a pass without the large ones, whose memory TensorFlow may keep:
+the exit code is 1 if the second of these passes takes more memory than the first.
 """
 
 import argparse
@@ -36,7 +35,7 @@ BOMB_EVERY = 500
 
 
 def good_images():
-  """Returns bytes of small images in every format, some of them odd kinds."""
+  """Returns the bytes of small images in every format and of some unusual kinds."""
   random = np.random.default_rng(0)
   image = Image.fromarray(random.integers(0, 256, [8, 10, 3], np.uint8)).resize((100, 80))
   pictures = [(image, name, {}) for name in FORMATS]
@@ -69,14 +68,14 @@ def mutate(content, others, random):
 
 
 def bomb(number):
-  """Returns a small PNG file that unpacks to a hundred million pixels, or claims more."""
+  """Returns a small PNG file that decodes to nearly 100 million pixels, or claims more."""
   def chunk(name, data):
     return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
 
   side = (10_001, 9_000, 60_000, 2**31 - 1)[number % 4]
   rows = zlib.compressobj(9)
   data = b''
-  if side == 9_000:  # within the limits: this one is to be classified
+  if side == 9_000:  # within the limits, so it must be classified
     row = bytes(1 + 3 * side)
     data = b''.join(rows.compress(row) for _ in range(side)) + rows.flush()
   return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0))
@@ -89,7 +88,7 @@ def resident_bytes():
 
 
 def write_images(folder, num_images, num_bombs, seed):
-  """Yields the names of files, each written when it is asked for and removed after the next."""
+  """Writes image files one by one and yields their names."""
   random = np.random.default_rng(seed)
   originals = good_images()
   bombs = iter(range(num_bombs))
@@ -104,7 +103,7 @@ def write_images(folder, num_images, num_bombs, seed):
 
 
 def feed(model, num_images, num_bombs, seed):
-  """Returns how many images were classified and refused, and the most bytes in memory."""
+  """Returns how many images were classified and refused, and the peak memory in bytes."""
   num_classified = num_refused = peak = 0
   with tempfile.TemporaryDirectory() as folder:
     files = write_images(folder, num_images, num_bombs, seed)
@@ -128,7 +127,7 @@ def main():
   parser.add_argument('--num_bombs', type=int, default=20)
   parser.add_argument('--seed', type=int, default=0)
   args = parser.parse_args()
-  warnings.simplefilter('ignore')  # Pillow's, of damaged metadata
+  warnings.simplefilter('ignore')  # Pillow's warnings about damaged metadata
 
   model = models.load(args.graph)
   peaks = []
@@ -138,8 +137,8 @@ def main():
     *_, peak = feed(model, args.num_images, 0, args.seed)
     peaks.append(peak)
   print(f'{args.num_images} images, twice: {num_classified} classified, {num_refused} refused, '
-        f'{largest_peak / 1e6:.0f} MB of memory; afterwards, without the large ones, '
-        f'{peaks[0] / 1e6:.0f} MB the first time, {peaks[1] / 1e6:.0f} MB the second')
+        f'{largest_peak / 1e6:.0f} MB of memory; without the large ones, '
+        f'{peaks[0] / 1e6:.0f} MB the first time and {peaks[1] / 1e6:.0f} MB the second time')
   return 1 if peaks[1] - peaks[0] > MAX_GROWTH else 0
 
 

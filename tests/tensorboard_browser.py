@@ -1,8 +1,8 @@
-"""Opens TensorBoard on the log of a short run in a real browser, and looks for what is expected.
+"""Checks in a real browser that TensorBoard shows everything of a short training run.
 
-Run by `make test-browser`, not by `make test`: it needs Chromium. With
-SCREENSHOT=FILE.png in the environment it also takes a picture; with LOG_DIR,
-of that log instead of one that it trains.
+It needs Chromium, so `make test-browser` runs it and `make test` does not. The
+environment variable SCREENSHOT=FILE.png takes a screenshot; LOG_DIR is an
+existing log folder to use instead of training one.
 """
 
 import os
@@ -27,7 +27,7 @@ TIMEOUT_MS = 60_000
 
 
 def train_and_evaluate(log_dir):
-  """Writes a log of two evaluated checkpoints."""
+  """Trains for two checkpoints and evaluates them."""
   for command in (
       [*pipeline_test.TRAIN, '--log_dir', log_dir, '--max_number_of_steps', '6',
        '--save_interval_steps', '3', '--save_summaries_secs', '0.001'],
@@ -39,7 +39,7 @@ def train_and_evaluate(log_dir):
 
 
 def start_tensorboard(log_dir):
-  """Starts TensorBoard for this machine alone; returns its process and its address."""
+  """Starts TensorBoard on 127.0.0.1; returns its process and its address."""
   process = subprocess.Popen(
       [sys.executable, '-m', 'tensorboard.main', '--logdir', log_dir, '--host', '127.0.0.1',
        '--port', '0'], stderr=subprocess.PIPE, text=True)
@@ -76,11 +76,11 @@ class TensorBoardTest(unittest.TestCase):
     cls.page.set_default_timeout(TIMEOUT_MS)
 
   def open(self, dashboard):
-    self.page.goto('about:blank')  # a change of the fragment alone would not load it anew
+    self.page.goto('about:blank')  # changing only the fragment would not reload the page
     self.page.goto(f'{self.address}#{dashboard}')
 
   def filter_tags(self, tag):
-    """Shows the cards of one tag, whichever group it is in."""
+    """Shows the cards of one tag in any group."""
     box = self.page.get_by_label('Filter tags (regular expressions supported)').locator(
         'visible=true')
     box.fill(f'^{tag}$')

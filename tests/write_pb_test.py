@@ -1,4 +1,4 @@
-"""Tests of freezing: what is written, what it is compared with, and what is refused."""
+"""Tests of write_pb.py: what it writes, what it compares, and what it refuses."""
 
 import contextlib
 import hashlib
@@ -52,7 +52,7 @@ class WritePbTest(tf.test.TestCase):
     self.pb = os.path.join(self.dir, 'model.pb')
 
   def write(self, *options, log_dir=None):
-    """Runs the script's main; returns what it printed."""
+    """Runs the script's main; returns its output."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
       write_pb.main(write_pb.parse_args([
@@ -77,7 +77,7 @@ class WritePbTest(tf.test.TestCase):
       self.assertGreaterEqual(agreement, 99)
       self.assertGreater(size, 100_000)
     self.assertLess(rows['pb'][1], 1e-5)
-    self.assertGreater(rows['tflite_int8'][1], 1e-4)  # it is not the float model again
+    self.assertGreater(rows['tflite_int8'][1], 1e-4)  # not just the float model
     self.assertLess(rows['tflite_float16'][0], 0.6 * rows['tflite'][0])
     self.assertLess(rows['tflite_int8'][0], 0.4 * rows['tflite'][0])
     self.check_model_file(rows)
@@ -131,7 +131,7 @@ class WritePbTest(tf.test.TestCase):
                              (['--nofold'], '--nofold')]:
       with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as errors:
         write_pb.parse_args(['--precision', 'bfloat16', *options])
-      self.assertIn(f'--precision bfloat16 does not go with {message}', errors.getvalue())
+      self.assertIn(f'--precision bfloat16 cannot be combined with {message}', errors.getvalue())
 
   def test_averages(self):
     with tempfile.TemporaryDirectory() as log_dir:
@@ -168,7 +168,7 @@ class WritePbTest(tf.test.TestCase):
     with self.assertRaisesRegex(flowers.DatasetError, 'Cannot read none/labels.txt'):
       self.write('--dataset_dir', 'none')
 
-  def test_what_is_too_far_off_is_not_written(self):
+  def test_files_that_differ_from_the_checkpoint_are_not_written(self):
     for name in ('model.pb', 'labels.txt'):
       with open(os.path.join(self.dir, name), 'w') as f:
         f.write('0:daisy\n1:dandelion\n2:roses\n3:sunflowers\n4:tulips\n')
@@ -182,7 +182,8 @@ class WritePbTest(tf.test.TestCase):
         if predict:
           stack.enter_context(mock.patch.object(models, 'load', return_value=(
               models.FrozenModel(small_model.CLASS_NAMES, 71, {}, predict))))
-        with self.assertRaisesRegex(freeze.FreezeError, 'Nothing was written, .*tflite_float16'):
+        with self.assertRaisesRegex(comparison.ComparisonError,
+                                    'Nothing was written, .*tflite_float16'):
           self.write('--formats', 'tflite_float16')
       self.assertEqual(sorted(os.listdir(self.dir)), before)
       with open(self.pb) as f:
@@ -196,10 +197,10 @@ class WritePbTest(tf.test.TestCase):
     self.write('--noverify', '--formats', 'saved_model')
     self.assertCountEqual(os.listdir(folder), ['saved_model.pb', 'variables'])
     os.remove(os.path.join(folder, 'saved_model.pb'))
-    with self.assertRaisesRegex(freeze.FreezeError, 'exists and is no SavedModel'):
+    with self.assertRaisesRegex(freeze.FreezeError, 'exists and is not a SavedModel'):
       self.write('--noverify', '--formats', 'saved_model')
 
-  def test_mistakes(self):
+  def test_wrong_options(self):
     with open(os.path.join(self.dir, 'labels.txt'), 'w') as f:
       f.write('0:cat\n1:dog\n')
     with self.assertRaisesRegex(freeze.FreezeError, 'names other classes than the checkpoint'):
@@ -209,7 +210,7 @@ class WritePbTest(tf.test.TestCase):
       self.write('--output_file', 'none/x.pb')
     with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as errors:
       self.write('--formats', 'pb,caffe')
-    self.assertIn('must be of pb,saved_model,', errors.getvalue())
+    self.assertIn('must be among pb,saved_model,', errors.getvalue())
     with mock.patch.dict('sys.modules', {'tf2onnx': None}):
       with self.assertRaisesRegex(formats.FormatError, 'pip install tf2onnx onnxruntime'):
         self.write('--formats', 'onnx')

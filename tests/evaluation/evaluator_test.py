@@ -1,4 +1,4 @@
-"""Tests of the evaluating pass: exact, repeatable, the same on any number of devices."""
+"""Tests that an evaluation is exact, repeatable, and the same on any number of devices."""
 
 import os
 import shutil
@@ -78,7 +78,7 @@ class EvaluatorTest(tf.test.TestCase):
   def test_graph_does_not_grow(self):
     evaluate = self.build_evaluator(100)
     evaluate(self.first)
-    evaluator._graph.finalize()
+    evaluate._graph.finalize()
     evaluate(self.second)
 
   def test_images(self):

@@ -1,4 +1,4 @@
-"""Tests of the pictures: what is drawn where, and that every name can be read."""
+"""Tests of the pictures: what is drawn where, and how class names are drawn."""
 
 import io
 from unittest import mock
@@ -31,7 +31,7 @@ def box(mask):
 
 
 def texts_of(draw, *args):
-  """Draws a picture; returns the texts in it that are seen, and the PNG file."""
+  """Draws a picture; returns its visible texts and the PNG file."""
   figures = []
 
   def keep(figure, **kwargs):
@@ -40,7 +40,7 @@ def texts_of(draw, *args):
 
   png = pictures._png
   with mock.patch.object(pictures, '_png', keep), warnings.catch_warnings():
-    warnings.simplefilter('error')  # matplotlib warns of a character that it has no glyph for
+    warnings.simplefilter('error')  # matplotlib warns of a missing glyph
     content = draw(*args)
   figure, = figures
   texts = list(figure.texts)
@@ -55,7 +55,7 @@ def texts_of(draw, *args):
 class ConfusionMatrixTest(tf.test.TestCase):
 
   def test_cells_are_where_they_belong(self):
-    # All of class 0 taken for class 2.
+    # All images of class 0 are predicted as class 2.
     png = pictures.draw_confusion_matrix(np.array([[0, 0, 9], [0, 0, 0], [0, 0, 0]]), list('abc'))
     top, bottom, left, right = box(is_colour(pixels(png), DARK_BLUE))
     height, width = bottom - top + 1, right - left + 1
@@ -113,7 +113,7 @@ class PredictionsTest(tf.test.TestCase):
     for top, bottom, left, right in (blue, red):
       self.assertBetween(bottom - top, 180, 240)
       self.assertBetween(right - left, 180, 240)
-    self.assertLess(blue[3], red[2])  # as asked: the blue one first
+    self.assertLess(blue[3], red[2])  # in the given order, the blue one first
 
   def test_no_mistakes(self):
     texts, png = texts_of(pictures.draw_predictions, self.result(), [], ['daisy', 'rose'],
@@ -128,7 +128,7 @@ class NamesTest(tf.test.TestCase):
     texts, _ = texts_of(pictures.draw_confusion_matrix, np.eye(len(names), dtype=np.int64), names)
     return texts
 
-  def test_names_are_drawn_as_they_are(self):
+  def test_names_are_drawn_literally(self):
     names = ['Gänseblümchen', 'кульбаба', 'τουλίπα', '$x_1$ and $5', 'a\\b {c}', '100 %']
     self.assertEqual(pictures.undrawable_names(names), [])
     self.assertContainsSubset(names, self.names_drawn(names))
@@ -137,14 +137,14 @@ class NamesTest(tf.test.TestCase):
     texts = self.names_drawn(['beetle_' * 10 + 'larva_1', 'beetle_' * 10 + 'larva_2'])
     self.assertContainsSubset(['beetle_bee…le_larva_1', 'beetle_bee…le_larva_2'], texts)
 
-  def test_names_that_no_font_has_become_numbers(self):
-    names = ['daisy', 'sun \U000F1234', '\U000F1235']  # for private use: no font has them
+  def test_names_without_a_font_become_numbers(self):
+    names = ['daisy', 'sun \U000F1234', '\U000F1235']  # private use, so no font has them
     self.assertEqual(pictures.undrawable_names(names), names[1:])
     texts = self.names_drawn(names)
     self.assertContainsSubset(['daisy', '#1', '#2'], texts)
 
   def test_fallback_font(self):
-    # Stands for a font of another script: what DejaVu Sans has is taken from it.
+    # DejaVu Serif plays a font of another script, which DejaVu Sans seems to lack.
     pictures._fallback_fonts.cache_clear()
     self.addCleanup(pictures._fallback_fonts.cache_clear)
     fallback = font_manager.findfont('DejaVu Serif')
