@@ -1,9 +1,9 @@
-"""Measures what folding and bfloat16 do for the paper's network, in one run.
+"""Measures the effect of folding and bfloat16 on the speed of the frozen network.
 
   python -m benchmarks.frozen_speed --rounds 15
 
-Random weights, batch 8, 299 x 299. The graphs take turns, so that a slow minute
-of the machine hits them all; the medians count.
+Random weights, batch 8, 299 x 299. The measurements alternate, so that a slow minute of the
+machine affects all of them; their medians are printed.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main():
   seconds = collections.defaultdict(list)
   for _ in range(args.rounds):
     for name, run in predictors.items():
-      run(images)  # those before have emptied the caches
+      run(images)  # the others have replaced the contents of the caches
       start = time.perf_counter()
       run(images)
       seconds[name].append(time.perf_counter() - start)
