@@ -50,12 +50,10 @@ def tower_loss(images, labels, positions, num_classes, is_training, depth_multip
     images: float32 [batch, height, width, 3] in [-1, 1].
     labels: int64 [batch] in [0, num_classes).
     positions: int64 [batch], the images' positions in the endless sequence.
-    num_classes, is_training, depth_multiplier, dropout_keep_prob: see
-      `xception.xception`.
+    num_classes, is_training, depth_multiplier, dropout_keep_prob: see `xception.xception`.
     label_smoothing: float in [0, 1), share of the label spread over all classes.
-    seed: int, seed of dropout, which also depends on the position.
-    class_weights: list of num_classes floats that multiply the images' losses,
-      or None.
+    seed: int, seed of dropout, which also depends on the first position.
+    class_weights: list of num_classes floats that multiply the images' losses, or None.
 
   Returns:
     cross_entropy: float32 [], mean over the images, without regularization.
@@ -77,17 +75,17 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
                      global_step, accumulate_steps=1, clip_gradient_norm=0.0,
                      moving_average_decay=0.0, trainable_scopes=(),
                      workers=cluster.SingleWorker(), all_reduce_precision='float32'):
-  """Builds one step: towers, averaged gradients, the update of the weights.
+  """Builds one step: towers, average of their gradients, update of the weights.
 
   Args:
     images, labels, positions: this worker's part of the global batch, from
       `flowers.load_numbered_batch`.
-    loss_fn: `tower_loss` with all arguments bound but images, labels and positions.
+    loss_fn: `tower_loss` with all arguments bound except images, labels and positions.
     optimizer: tf.train.Optimizer.
     learning_rate: float32 [], for the summaries.
     devices: device of each tower.
     global_step: int64 [] variable, incremented by the step.
-    accumulate_steps: int, number of parts in which a tower computes its images.
+    accumulate_steps: int, number of parts that a tower's images are processed in.
     clip_gradient_norm, moving_average_decay: see `optimization.Recipe`.
     trainable_scopes: see `fine_tuning`.
     workers: cluster.Workers or SingleWorker.
@@ -115,7 +113,7 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
     gradients, regularization = _add_regularization(gradients)
     loss = tf.add(cross_entropy, regularization, name='total_loss')
     gradient_norm = tf.global_norm([gradient for gradient, _ in gradients])
-    # Checked before the update: weights that are saved are never NaN.
+    # Checked before the update, so that saved weights are never NaN.
     finite_check = tf.debugging.check_numerics(
         loss if precision.scales_loss(optimizer) else loss + gradient_norm,
         'loss or gradient', name='finite_check')
@@ -136,10 +134,10 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
 
 
 def _add_regularization(gradients):
-  """Adds the L2 loss's gradients once, since all towers share the weights.
+  """Adds the gradients of the L2 loss once, since all towers share the weights.
 
   Returns:
-    List of (gradient, variable) pairs, and the L2 loss, float32 [].
+    List of (gradient, variable) pairs; the L2 loss, float32 [].
   """
   regularization = tf.losses.get_regularization_loss()
   decays = tf.gradients(regularization, [variable for _, variable in gradients])
@@ -149,7 +147,7 @@ def _add_regularization(gradients):
 
 def _build_update(optimizer, gradients, global_step, next_image, moving_average_decay):
   """Returns the op that updates weights, averages, step and position in the data."""
-  # Saved with the weights: the image that a resumed run continues with.
+  # Saved with the weights: a resumed run continues with this image.
   next_image_variable = tf.get_variable(checkpoints.NEXT_IMAGE, [], tf.int64,
                                         tf.zeros_initializer(), trainable=False)
   train_op = tf.group(next_image_variable.assign(next_image),
@@ -162,7 +160,7 @@ def _build_update(optimizer, gradients, global_step, next_image, moving_average_
 
 
 def _build_summaries(scalars, images, gradients):
-  """Returns the scalar, image and histogram summaries of a step, string [] each."""
+  """Returns the scalar, image and histogram summaries of a step, each string []."""
   return (
       tf.summary.merge([tf.summary.scalar(name, scalar) for name, scalar in scalars.items()]),
       tf.summary.image('distorted_images', images, MAX_IMAGE_SUMMARIES),

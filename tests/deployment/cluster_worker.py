@@ -1,10 +1,9 @@
-"""Trains as train_flowers.py does, and stores the weights that this worker ends with.
+"""Trains as train_flowers.py does, then stores the final weights of this worker.
 
   TF_CONFIG=... python tests/deployment/cluster_worker.py WEIGHTS.npz [--frozen] [--drift STEP] ...
 
---frozen freezes batch norm, whose statistics are of one tower's images: then a
-step is the same arithmetic however its images are shared, and by the same number
-of threads, which is left to TensorFlow here. --drift changes one
+--frozen freezes batch norm, whose statistics depend on how the images are divided among
+towers; the number of threads is TensorFlow's default for the same reason. --drift changes one
 weight of this worker after that step.
 """
 

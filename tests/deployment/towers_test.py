@@ -1,4 +1,4 @@
-"""Tests of the towers: same step whatever their number, gradients averaged once."""
+"""Tests of the towers: any number of them takes the same step."""
 
 import functools
 import os
@@ -39,8 +39,8 @@ def take_step(num_towers, is_training=False, initial_values=None,
                weight_decay=1e-3, inputs=None, **options):
   """Takes one step of `build_train_step` on CPU towers.
 
-  With is_training False batch norm is frozen and nothing is dropped: then a
-  step is the same arithmetic for any number of towers.
+  is_training False freezes batch norm and disables dropout, so that the number of towers
+  changes the step by rounding only.
 
   Returns:
     loss, accuracy: of the step.
@@ -56,7 +56,7 @@ def take_step(num_towers, is_training=False, initial_values=None,
     loss_fn = functools.partial(
         training_step.tower_loss, num_classes=NUM_CLASSES, is_training=is_training,
         depth_multiplier=DEPTH_MULTIPLIER, dropout_keep_prob=1.0, label_smoothing=0.0, seed=1)
-    # Decay 0: the moving statistics are those of the last training batch.
+    # With decay 0 the moving statistics are those of the last batch.
     with slim.arg_scope(xception.xception_arg_scope(weight_decay, batch_norm_decay=0.0)):
       step = training_step.build_train_step(
           tf.constant(images), tf.constant(labels), tf.range(len(labels), dtype=tf.int64),
@@ -159,7 +159,7 @@ class DevicesTest(tf.test.TestCase):
            mock.patch.object(tf, 'Session') as session:
         towers.start_threads(config, devices)
       self.assertEqual(config.intra_op_parallelism_threads, num_threads, (devices, num_cores))
-      # Only a session makes the process's threads.
+      # The process's first session creates the threads.
       self.assertEqual(session.mock_calls,
                        [mock.call(config=config), mock.call().close()] if num_threads else [])
 
@@ -188,7 +188,7 @@ class TrainStepTest(tf.test.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    # Statistics that fit the weights, as in a network that has begun to learn.
+    # Moving statistics that fit the weights, as after some training.
     _, _, cls.values, _ = take_step(1, is_training=True)
 
   def test_any_number_of_towers_takes_the_same_step(self):
