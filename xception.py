@@ -140,11 +140,11 @@ def xception(inputs,
       if not num_classes:
         return _squeeze(net, spatial_squeeze), end_points
 
-      if dropout_seed is None or not is_training:
-        net = slim.dropout(net, keep_prob=dropout_keep_prob, scope='dropout')
-      else:
-        net = tf.nn.experimental.stateless_dropout(
-            net, 1.0 - dropout_keep_prob, dropout_seed, rng_alg='philox', name='dropout')
+      if is_training:
+        # On two axes: on four, the random mask makes TensorFlow's layout optimizer give up on
+        # the whole graph, which then stays NHWC on GPUs.
+        net = _dropout(tf.squeeze(net, [1, 2]), dropout_keep_prob, dropout_seed)
+        net = net[:, tf.newaxis, tf.newaxis]
       # On a 1 x 1 image this is the paper's dense layer.
       logits = slim.conv2d(net, num_classes, [1, 1], scope='Logits')
       logits = _squeeze(logits, spatial_squeeze)
@@ -227,6 +227,13 @@ def _depthwise_he_normal():
   # follow a ReLU, hence the variance 2 / 9. Truncating a normal distribution at two standard
   # deviations multiplies its standard deviation by 0.87962566.
   return tf.truncated_normal_initializer(stddev=(2.0 / 9.0)**0.5 / 0.87962566)
+
+
+def _dropout(net, keep_prob, seed):
+  if seed is None:
+    return slim.dropout(net, keep_prob=keep_prob, scope='dropout')
+  return tf.nn.experimental.stateless_dropout(
+      net, 1.0 - keep_prob, seed, rng_alg='philox', name='dropout')
 
 
 def _squeeze(net, spatial_squeeze):
