@@ -188,7 +188,7 @@ def xception_arg_scope(weight_decay=1e-5,
                       activation_fn=None,
                       normalizer_fn=slim.batch_norm,
                       normalizer_params=batch_norm_params,
-                      weights_regularizer=slim.l2_regularizer(weight_decay)), \
+                      weights_regularizer=_l2_regularizer(weight_decay)), \
        slim.arg_scope([slim.conv2d], weights_initializer=_he_normal(2.0)), \
        slim.arg_scope([slim.separable_conv2d],
                       depth_multiplier=1,
@@ -214,6 +214,15 @@ def warmed_up_decay(decay, global_step):
   """
   step = tf.cast(global_step, tf.float32)
   return tf.minimum(decay, (1.0 + step) / (10.0 + step), name='batch_norm_decay')
+
+
+def _l2_regularizer(weight_decay):
+  regularizer = slim.l2_regularizer(weight_decay)
+
+  def regularize(weights):
+    with tf.device(weights.device):  # not the first tower's, which may be another one
+      return regularizer(weights)
+  return regularize
 
 
 def _he_normal(gain):

@@ -62,7 +62,8 @@ def time_batches(fetches, num_batches, batch_size, config=None):
   # Fetching operations instead of tensors avoids copying the images.
   operations = [tensor.op for tensor in fetches]
   with tf.Session(config=config) as session:
-    session.run([tf.global_variables_initializer(), tf.local_variables_initializer()])
+    session.run(tf.global_variables_initializer())
+    session.run(tf.train.Scaffold.default_local_init_op())
     coordinator = tf.train.Coordinator()
     threads = (tf.train.start_queue_runners(session, coordinator)
                if tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS) else [])
@@ -111,7 +112,7 @@ def time_training(real_images):
   with tf.Graph().as_default():
     step = network.build_training_step(TRAIN_BATCH_SIZE, TRAIN_IMAGE_SIZE, TRAIN_DEPTH_MULTIPLIER,
                                        devices, 'float32', real_images)
-    return time_batches([step.global_step], NUM_TRAIN_STEPS, TRAIN_BATCH_SIZE,
+    return time_batches([step.train_op, step.global_step], NUM_TRAIN_STEPS, TRAIN_BATCH_SIZE,
                         towers.session_config(devices))
 
 

@@ -130,6 +130,7 @@ def measure_training(batch_size, image_size, depth_multiplier, devices, precisio
     start = time.perf_counter()
     with tf.Session(config=config) as session:
       session.run(tf.global_variables_initializer())
+      session.run(tf.train.Scaffold.default_local_init_op())
       session.run(step.train_op)
       first_step_seconds = time.perf_counter() - start
       seconds = time_steps(lambda: session.run([step.train_op, step.global_step]), num_steps)

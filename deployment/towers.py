@@ -7,6 +7,7 @@ wait for each other in `average_gradients`.
 import os
 
 import tensorflow.compat.v1 as tf
+from tensorflow.python.ops import data_flow_ops
 import tf_slim as slim
 
 
@@ -94,19 +95,61 @@ def first_tower_updates():
   return next(filter(None, updates), [])
 
 
-def replicate(tower_fn, devices, *batch):
-  """Builds one tower per device, each for an equal part of the batch.
+def on_gpus(devices):
+  """Returns whether the towers are on GPUs."""
+  return devices[0].startswith('/gpu')
+
+
+def split_batch(devices, *batch):
+  """Splits a batch into equal parts on the CPU, so that each device receives its own part only.
 
   Args:
-    tower_fn: function of the parts of `batch`; the first tower creates its variables, which
-      the others share.
     devices: device names from `tower_devices`.
     *batch: tensors whose first dimension is divisible by the number of devices.
 
   Returns:
+    List of tuples of tensors, one tuple per tower.
+  """
+  with tf.device('/cpu:0'):
+    return list(zip(*(tf.split(tensor, len(devices)) for tensor in batch)))
+
+
+def prefetch(devices, parts):
+  """Copies each tower's part of the next batch to its device while the current one is used.
+
+  Args:
+    devices: device names from `tower_devices`.
+    parts: list of tuples of tensors from `split_batch`.
+
+  Returns:
+    The parts of the current batch, on the devices; the op that fetches the next batch. It must
+    run once before the first step, which `Scaffold.default_local_init_op` does, and then once in
+    every step.
+  """
+  current, fetch = [], []
+  for device, part in zip(devices, parts):
+    with tf.device(device):
+      area = data_flow_ops.StagingArea([tensor.dtype for tensor in part],
+                                       [tensor.shape for tensor in part])
+      fetch.append(area.put(part))
+      current.append(area.get())
+  fetch = tf.group(*fetch)
+  tf.add_to_collection(tf.GraphKeys.TABLE_INITIALIZERS, fetch)
+  return current, fetch
+
+
+def replicate(tower_fn, devices, parts):
+  """Builds one tower per device.
+
+  Args:
+    tower_fn: function of the tensors of a part; the first tower creates its variables, which
+      the others share.
+    devices: device names from `tower_devices`.
+    parts: list of tuples of tensors, one tuple per tower.
+
+  Returns:
     List of the values of tower_fn, one per tower.
   """
-  parts = zip(*(tf.split(tensor, len(devices)) for tensor in batch))
   outputs = []
   for i, (device, part) in enumerate(zip(devices, parts)):
     with tf.device(device), tf.name_scope(tower_scope(i)), \

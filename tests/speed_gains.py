@@ -46,6 +46,7 @@ def training_seconds(precision_name='float32'):
                                        real_images=False)
     session = tf.Session(config=config)
     session.run(tf.global_variables_initializer())
+    session.run(tf.train.Scaffold.default_local_init_op())
     network.time_steps(lambda: session.run(step.train_op), 1)
 
   def seconds():

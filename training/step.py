@@ -74,7 +74,8 @@ def tower_loss(images, labels, positions, num_classes, is_training, depth_multip
 def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rate, devices,
                      global_step, accumulate_steps=1, clip_gradient_norm=0.0,
                      moving_average_decay=0.0, trainable_scopes=(),
-                     workers=cluster.SingleWorker(), all_reduce_precision='float32'):
+                     workers=cluster.SingleWorker(), all_reduce_precision='float32',
+                     prefetch=None):
   """Builds one step: towers, average of their gradients, update of the weights.
 
   Args:
@@ -90,10 +91,17 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
     trainable_scopes: see `fine_tuning`.
     workers: cluster.Workers or SingleWorker.
     all_reduce_precision: see `workers.average`.
+    prefetch: whether to use `towers.prefetch`; None does so on GPUs.
 
   Returns:
     A TrainStep.
   """
+  parts, fetch_next = towers.split_batch(devices, images, labels, positions), tf.no_op()
+  if towers.on_gpus(devices) if prefetch is None else prefetch:
+    parts, fetch_next = towers.prefetch(devices, parts)
+    with tf.device('/cpu:0'):  # the batch of this step, not the one that is fetched
+      images, _, positions = (tf.concat(column, 0) for column in zip(*parts))
+
   def tower(*tower_batch):
     with operations.replace_slow_operations():
       cross_entropy, accuracy = loss_fn(*tower_batch)
@@ -101,7 +109,7 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
     return cross_entropy, accuracy, optimizer.compute_gradients(cross_entropy, variables)
 
   losses, accuracies, tower_gradients = zip(*towers.replicate(
-      towers.accumulate(tower, accumulate_steps), devices, images, labels, positions))
+      towers.accumulate(tower, accumulate_steps), devices, parts))
 
   with tf.device(towers.variables_device(devices)):
     # Every tower waits here for the slowest one.
@@ -125,6 +133,7 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
           global_step, last_position + 1, moving_average_decay)
     with tf.control_dependencies([train_op]):
       step_after = global_step.read_value()
+    train_op = tf.group(train_op, fetch_next)
 
   scalars = {'losses/total_loss': loss, 'losses/cross_entropy': cross_entropy,
              'losses/regularization': regularization, 'accuracy': accuracy,

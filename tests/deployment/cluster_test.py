@@ -293,6 +293,22 @@ class TogetherTest(ClusterTestCase):
     self.assertIdentical(weights, others)
 
 
+class PrefetchTest(ClusterTestCase):
+
+  def test_kill_9_and_resume(self):
+    options = ['--num_clones', '2', '--save_interval_steps', '2', '--max_number_of_steps']
+    whole = self.train_alone('whole', *options, '6')
+    process = self.start('killed', None, 0, '--prefetch', *options, '400')
+    self.wait_for_step('killed', 3, [process])
+    process.kill()
+    process.wait()
+    step = checkpoints.global_step(checkpoints.find(self.path('killed')))
+    self.assertBetween(step, 2, 5)
+    resumed = self.train_alone('killed', '--prefetch', *options, '6')
+    self.assertIdentical(whole, resumed)
+    self.assertEqual(resumed['next_image'], 72)
+
+
 @slow
 class LargerTest(ClusterTestCase):
 

@@ -159,6 +159,24 @@ class GpuGraphTest(tf.test.TestCase):
       self.assertGreater(len(on_gpus), 1000 * num_gpus)
       self.assertEqual({op.type for op in on_gpus if not has_gpu_kernel(op)}, set())
 
+  def test_where_the_parts_of_a_step_are(self):
+    graph, step = build_graph(2, 'float32')
+    places = collections.defaultdict(collections.Counter)
+    for op in graph.get_operations():
+      places[op.type][op.device.removeprefix('/device:')] += 1
+    one_each = {'GPU:0': 1, 'GPU:1': 1}
+    self.assertEqual(places['Split'], {'CPU:0': 3})  # images, labels, positions
+    self.assertEqual(places['Stage'], one_each)
+    self.assertEqual(places['Unstage'], one_each)
+    self.assertEqual(places['Conv2D'], {'GPU:0': 41, 'GPU:1': 41})
+    self.assertEqual(places['L2Loss'], {'CPU:0': 75})
+    self.assertEqual(places['ResourceApplyAdam'], {'CPU:0': 156})
+    fetched = tf.graph_util.extract_sub_graph(graph.as_graph_def(), [step.train_op.name])
+    self.assertEqual(sum(node.op == 'Stage' for node in fetched.node), 2)
+    # A step's positions are those of the batch that it uses, not of the one that it fetches.
+    fetched = tf.graph_util.extract_sub_graph(graph.as_graph_def(), [step.positions.op.name])
+    self.assertEqual({node.op for node in fetched.node} & {'Stage', 'Unstage'}, {'Unstage'})
+
 
 if __name__ == '__main__':
   tf.test.main()

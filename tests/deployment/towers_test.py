@@ -103,7 +103,8 @@ class ReplicateTest(tf.test.TestCase):
 
     with tf.Graph().as_default():
       devices = towers.tower_devices(4, clone_on_cpu=True)
-      outputs = towers.replicate(tower, devices, tf.reshape(tf.range(16.0), [8, 2]), tf.range(8))
+      outputs = towers.replicate(tower, devices, towers.split_batch(
+          devices, tf.reshape(tf.range(16.0), [8, 2]), tf.range(8)))
       self.assertLen(slim.get_model_variables(), 1)
       self.assertEqual(slim.get_model_variables()[0].device, '/device:CPU:0')
       for i, output in enumerate(outputs):
