@@ -11,6 +11,7 @@ import slim_bridge  # noqa: F401, before TensorFlow: see there
 
 import tensorflow.compat.v1 as tf
 
+from deployment import towers
 from export import folding
 from export import models
 import xception_preprocessing
@@ -102,7 +103,8 @@ def _write_saved_model(graph_def, path):
   """Writes one network with two signatures: images, or encoded images, to probabilities."""
   # TensorFlow alone reads it, in TensorFlow 2 as a tf.function.
   graph_def = folding.delay_biases(graph_def, models.OUTPUT_NODE)
-  with tf.Graph().as_default(), tf.Session() as session:
+  with tf.Graph().as_default(), \
+       tf.Session(config=towers.session_config(['/cpu:0'])) as session:
     encoded, preprocessed = _encoded_images(_image_size(graph_def), 'encoded')
     # Whoever feeds images cuts off what would have computed them.
     images = tf.placeholder_with_default(preprocessed, [None, *preprocessed.shape[1:]],
@@ -159,7 +161,8 @@ def _import(graph_def, images):
 def _tflite_writer(optimizations=(), supported_types=()):
   """Returns a function that writes TFLite with the converter's settings."""
   def write(graph_def, path):
-    with tf.Graph().as_default(), tf.Session() as session:
+    with tf.Graph().as_default(), \
+       tf.Session(config=towers.session_config(['/cpu:0'])) as session:
       images, output = tf.import_graph_def(graph_def, return_elements=[
           f'{models.INPUT_NODE}:0', f'{models.OUTPUT_NODE}:0'], name='')
       converter = tf.lite.TFLiteConverter.from_session(session, [images], [output])
