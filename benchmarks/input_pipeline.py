@@ -57,11 +57,11 @@ def write_jpegs(folder):
         f.write(encoded.getvalue())
 
 
-def time_batches(fetches, num_batches, batch_size, config=None):
+def time_batches(fetches, num_batches, batch_size, devices=('/cpu:0',)):
   """Runs fetches in a session; returns the images per second after a warm-up."""
   # Fetching operations instead of tensors avoids copying the images.
   operations = [tensor.op for tensor in fetches]
-  with tf.Session(config=config) as session:
+  with tf.Session(config=towers.session_config(devices)) as session:
     session.run(tf.global_variables_initializer())
     session.run(tf.train.Scaffold.default_local_init_op())
     coordinator = tf.train.Coordinator()
@@ -113,7 +113,7 @@ def time_training(real_images):
     step = network.build_training_step(TRAIN_BATCH_SIZE, TRAIN_IMAGE_SIZE, TRAIN_DEPTH_MULTIPLIER,
                                        devices, 'float32', real_images)
     return time_batches([step.train_op, step.global_step], NUM_TRAIN_STEPS, TRAIN_BATCH_SIZE,
-                        towers.session_config(devices))
+                        devices)
 
 
 def measure(batch_size, image_size, num_steps):
@@ -126,7 +126,7 @@ def measure(batch_size, image_size, num_steps):
     operations = [tensor.op for tensor in batch]
     graph_seconds = time.perf_counter() - start
     start = time.perf_counter()
-    with tf.Session() as session:
+    with tf.Session(config=towers.session_config(['/cpu:0'])) as session:
       session.run(operations)
       first_step_seconds = time.perf_counter() - start
       for _ in range(WARM_UP_BATCHES):

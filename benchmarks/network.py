@@ -147,7 +147,8 @@ def frozen_graph(image_size, depth_multiplier=1.0):
   biases, which trained networks do not have.
   """
   random = np.random.default_rng(0)
-  with tf.Graph().as_default(), tf.Session() as session:
+  config = towers.session_config(['/cpu:0'])
+  with tf.Graph().as_default(), tf.Session(config=config) as session:
     images = tf.placeholder(tf.float32, [None, image_size, image_size, 3], name='input')
     with slim.arg_scope(xception.xception_arg_scope()):
       _, end_points = xception.xception(images, NUM_CLASSES, is_training=False,

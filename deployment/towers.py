@@ -40,20 +40,31 @@ def tower_devices(num_clones=None, clone_on_cpu=False):
   return [f'/gpu:{i}' for i in range(num_clones or len(gpus))]
 
 
+def on_gpus(devices):
+  """Returns whether the towers are on GPUs."""
+  return devices[0].startswith('/gpu')
+
+
 def variables_device(devices):
   """Returns the device of the variables: that of a single tower, the CPU for several."""
   return devices[0] if len(devices) == 1 else '/cpu:0'
 
 
 def session_config(devices):
-  """Returns a tf.ConfigProto for sessions on the towers' devices."""
+  """Returns a tf.ConfigProto for sessions on the towers' devices, and on no other GPU.
+
+  GPU memory is allocated as needed: other programs may use the rest.
+  """
   num_cpus = max(1, sum(device.startswith('/cpu') for device in devices))
   # `tower_devices` has checked the devices; soft placement is for operations without a GPU
   # kernel, such as summaries.
   config = tf.ConfigProto(allow_soft_placement=True, device_count={'CPU': num_cpus})
-  if devices[0].startswith('/cpu'):
-    config.device_count['GPU'] = 0
   config.gpu_options.allow_growth = True
+  if on_gpus(devices):
+    config.gpu_options.visible_device_list = ','.join(
+        device.removeprefix('/gpu:') for device in devices)
+  else:
+    config.device_count['GPU'] = 0
   return config
 
 
@@ -67,7 +78,7 @@ def start_threads(config, devices):
     config: tf.ConfigProto of the session, changed in place.
     devices: device of each tower.
   """
-  if devices[0].startswith('/cpu') and len(devices) >= num_cores():
+  if not on_gpus(devices) and len(devices) >= num_cores():
     config.intra_op_parallelism_threads = 1
     tf.Session(config=config).close()
 
@@ -78,6 +89,24 @@ def num_cores():
     return len(os.sched_getaffinity(0))
   except AttributeError:  # not on every system
     return os.cpu_count() or 1
+
+
+def explain_out_of_memory(error, devices, tower_batch_size):
+  """Returns a sentence that says which tower ran out of memory and what to do, or None.
+
+  Args:
+    error: tf.errors.OpError of a session.
+    devices: device of each tower.
+    tower_batch_size: images that a tower processes at a time.
+  """
+  if not isinstance(error, tf.errors.ResourceExhaustedError):
+    return None
+  device = tf.DeviceSpec.from_string(error.op.device if error.op else '')
+  name = f'/{device.device_type or "?"}:{device.device_index}'.lower()
+  tower = f'tower {devices.index(name)} ({name})' if name in devices else 'a tower'
+  float16 = '--precision float16, ' if on_gpus(devices) else ''
+  return (f'Out of memory: {tower} cannot process {tower_batch_size} images at a time. Use '
+          f'--accumulate_steps 2 or more, {float16}a smaller --batch_size or --image_size')
 
 
 def tower_scope(index):
@@ -93,11 +122,6 @@ def first_tower_updates():
   scopes = (f'{tower_scope(0)}/part_0/', f'{tower_scope(0)}/')
   updates = (tf.get_collection(tf.GraphKeys.UPDATE_OPS, scope) for scope in scopes)
   return next(filter(None, updates), [])
-
-
-def on_gpus(devices):
-  """Returns whether the towers are on GPUs."""
-  return devices[0].startswith('/gpu')
 
 
 def split_batch(devices, *batch):

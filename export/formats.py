@@ -11,6 +11,7 @@ import slim_bridge  # noqa: F401, before TensorFlow: see there
 
 import tensorflow.compat.v1 as tf
 
+from deployment import towers
 from export import folding
 from export import models
 import xception_preprocessing
@@ -106,7 +107,8 @@ def _write_saved_model(graph_def, path):
   """Writes one network with two signatures: probabilities of images, and of encoded images."""
   # Only TensorFlow reads it, and TensorFlow 2 runs it as a tf.function.
   graph_def = folding.delay_biases(graph_def, models.OUTPUT_NODE)
-  with tf.Graph().as_default(), tf.Session() as session:
+  with tf.Graph().as_default(), \
+       tf.Session(config=towers.session_config(['/cpu:0'])) as session:
     encoded, preprocessed = _encoded_images(_image_size(graph_def), 'encoded')
     # Feeding images bypasses the decoder.
     images = tf.placeholder_with_default(preprocessed, [None, *preprocessed.shape[1:]],
@@ -163,7 +165,8 @@ def _import(graph_def, images):
 def _tflite_writer(optimizations=(), supported_types=()):
   """Returns a function that writes TFLite with these settings of the converter."""
   def write(graph_def, path):
-    with tf.Graph().as_default(), tf.Session() as session:
+    with tf.Graph().as_default(), \
+       tf.Session(config=towers.session_config(['/cpu:0'])) as session:
       images, output = tf.import_graph_def(graph_def, return_elements=[
           f'{models.INPUT_NODE}:0', f'{models.OUTPUT_NODE}:0'], name='')
       converter = tf.lite.TFLiteConverter.from_session(session, [images], [output])

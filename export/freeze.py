@@ -16,6 +16,7 @@ import tf_slim as slim
 
 from common import checkpoints
 from common import files
+from deployment import towers
 from export import comparison
 from export import folding
 from export import formats
@@ -45,7 +46,7 @@ def freeze(checkpoint, config, use_averages='auto'):
       the checkpoint itself.
     is_averaged: whether the weights are Polyak averages.
   """
-  session = tf.Session(graph=tf.Graph())
+  session = tf.Session(graph=tf.Graph(), config=towers.session_config(['/cpu:0']))
   with session.graph.as_default():
     images = tf.placeholder(tf.float32, [None, config.image_size, config.image_size, 3],
                             name=models.INPUT_NODE)

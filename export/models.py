@@ -211,6 +211,7 @@ def _load_saved_model(path, precision):
 
 def _session(precision):
   config = tf.ConfigProto()
+  config.gpu_options.allow_growth = True
   if precision == 'bfloat16':
     config.graph_options.rewrite_options.auto_mixed_precision_onednn_bfloat16 = (
         rewriter_config_pb2.RewriterConfig.ON)

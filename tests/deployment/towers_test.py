@@ -1,7 +1,9 @@
 """Tests of the towers: any number of them takes the same step."""
 
 import functools
+import glob
 import os
+import re
 from unittest import mock
 
 import numpy as np
@@ -10,6 +12,7 @@ import tf_slim as slim
 
 from deployment import towers
 from scripts import DATASET_DIR
+from scripts import PROJECT
 import train_flowers
 from training import options
 from training import step as training_step
@@ -150,6 +153,40 @@ class DevicesTest(tf.test.TestCase):
       self.devices(2, 4)
     with self.assertRaisesRegex(towers.DeviceError, r'finds 0 \(none\).*--clone_on_cpu'):
       self.devices(0, 1)
+
+  def test_sessions_open_the_towers_gpus_only(self):
+    config = towers.session_config(['/gpu:0', '/gpu:1'])
+    self.assertEqual(config.gpu_options.visible_device_list, '0,1')
+    self.assertTrue(config.gpu_options.allow_growth)
+    self.assertEqual(towers.session_config(['/cpu:0']).device_count['GPU'], 0)
+
+  def test_every_session_of_the_project_leaves_gpu_memory_to_others(self):
+    # Sessions without a configuration would take all memory of all GPUs.
+    for path in glob.glob(f'{PROJECT}/*/*.py') + glob.glob(f'{PROJECT}/*.py'):
+      if '/tests/' in path or path.endswith('_test.py'):
+        continue
+      with open(path, encoding='utf-8') as f:
+        sessions = re.findall(r'tf\.Session\(.*\)', f.read())
+      for session in sessions:
+        self.assertIn('config=', session, path)
+
+  def test_out_of_memory_is_explained(self):
+    graph = tf.Graph()
+    with graph.as_default(), graph.device('/job:worker/task:0/gpu:1'):
+      op = tf.no_op()
+    gpus = ['/gpu:0', '/gpu:1']
+    error = tf.errors.ResourceExhaustedError(None, op, 'OOM when allocating tensor')
+    self.assertEqual(
+        towers.explain_out_of_memory(error, gpus, 64),
+        'Out of memory: tower 1 (/gpu:1) cannot process 64 images at a time. Use '
+        '--accumulate_steps 2 or more, --precision float16, a smaller --batch_size or '
+        '--image_size')
+    error = tf.errors.ResourceExhaustedError(None, None, 'OOM')
+    self.assertRegex(towers.explain_out_of_memory(error, ['/cpu:0'], 8),
+                     'a tower cannot process 8 images at a time. Use --accumulate_steps 2 or '
+                     'more, a smaller')
+    self.assertIsNone(towers.explain_out_of_memory(
+        tf.errors.InternalError(None, op, ''), gpus, 64))
 
   def test_towers_for_all_cores_have_a_thread_each(self):
     for devices, num_cores, num_threads in (
