@@ -8,6 +8,7 @@ a checkpoint that it has just saved.
 """
 
 import collections
+import contextlib
 import itertools
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
@@ -88,9 +89,11 @@ def run_pass(reader, predict, num_batches=1, image_indices=(), num_mistakes=0,
   """
   keeper = _ImageKeeper(image_indices, num_mistakes)
   columns = []
-  batches = iter(reader)
-  with tqdm.tqdm(total=reader.num_images, unit=' images',
-                 disable=None if show_progress else True) as progress:
+  # After an exception, the traceback would keep the iterator alive, and at exit its open session
+  # makes Python hang.
+  with contextlib.closing(iter(reader)) as batches, tqdm.tqdm(
+      total=reader.num_images, unit=' images',
+      disable=None if show_progress else True) as progress:
     while group := list(itertools.islice(batches, num_batches)):
       for (images, labels, positions), (probabilities, losses) in zip(group, predict(group)):
         columns.append((labels, probabilities, losses, positions))

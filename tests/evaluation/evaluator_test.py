@@ -17,6 +17,32 @@ import small_model
 NUM_IMAGES = 100
 
 
+class RunPassTest(tf.test.TestCase):
+
+  def test_reader_is_closed_when_the_network_fails(self):
+    closed = []
+
+    class Reader:
+      num_images = 2
+
+      def __iter__(self):
+        try:
+          yield np.zeros([2, 8, 8, 3]), np.zeros(2, int), np.arange(2)
+        finally:
+          closed.append(True)
+
+    def fail(batches):
+      raise RuntimeError('no memory')
+
+    try:
+      evaluator.run_pass(Reader(), fail)
+    except RuntimeError as error:
+      # Inside this block the traceback still refers to the iterator.
+      self.assertEqual((str(error), closed), ('no memory', [True]))
+    else:
+      self.fail('No exception')
+
+
 class EvaluatorTest(tf.test.TestCase):
 
   @classmethod
