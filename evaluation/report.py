@@ -150,19 +150,19 @@ class SplitEvaluation:
     Args:
       devices, use_averages: see `evaluator.Evaluator`.
     """
-    evaluate_checkpoint = None
+    config = evaluate_checkpoint = None
 
     def evaluate(checkpoint):
-      nonlocal evaluate_checkpoint
+      nonlocal config, evaluate_checkpoint
       if evaluate_checkpoint is None:
         config = checkpoints.load_config(checkpoint)
         self._check_classes(checkpoint, config.class_names)
         evaluate_checkpoint = evaluator.Evaluator(
             self._dataset, config, self._batch_size, devices, show_progress=True)
-      step = _read_global_step(checkpoint)
+      about = _describe_checkpoint(checkpoint)
       result = evaluate_checkpoint(checkpoint, use_averages, self._picture_indices,
                                    pictures.MAX_GRID_IMAGES)
-      return self._report(result, {'checkpoint': checkpoint, 'global_step': step,
+      return self._report(result, {**about, 'image_size': config.image_size,
                                    'uses_averages': result.uses_averages})
     return evaluate
 
@@ -189,6 +189,7 @@ class SplitEvaluation:
                                 pictures.MAX_GRID_IMAGES, show_progress=True)
     return self._report(result, {
         'graph': path, 'global_step': model.description.get('global_step', 0),
+        'image_size': model.image_size,
         'uses_averages': model.description.get('averaged_weights')})
 
   def _check_classes(self, path, class_names):
@@ -227,9 +228,17 @@ class SplitEvaluation:
     return computed, about, file_names
 
 
-def _read_global_step(checkpoint):
-  """Returns the checkpoint's step, or raises a CheckpointError."""
+def _describe_checkpoint(checkpoint):
+  """Returns the entries of metrics.json that identify a checkpoint.
+
+  The index file holds a checksum of every variable, so its own checksum stands
+  for the content of the checkpoint, wherever that is copied or moved.
+
+  Raises:
+    checkpoints.CheckpointError: it cannot be read.
+  """
   try:
-    return checkpoints.global_step(checkpoint)
-  except (tf.errors.OpError, ValueError) as error:
+    return {'checkpoint': checkpoint, 'checkpoint_sha256': files.sha256(f'{checkpoint}.index'),
+            'global_step': checkpoints.global_step(checkpoint)}
+  except (tf.errors.OpError, OSError, ValueError) as error:
     raise checkpoints.CheckpointError(f'{checkpoint} cannot be read: {error}') from error

@@ -168,6 +168,8 @@ class GraphTest(EvalTestCase):
       write_pb.main(write_pb.parse_args([
           '--log_dir', self.log_dir, '--output_file', pb, '--noverify', '--formats',
           'pb,saved_model,tflite,tflite_float16,jpeg_pb']))
+    with open(os.path.join(self.dir, 'model.json'), encoding='utf-8') as f:
+      self.assertEqual(json.load(f)['metrics'], expected)
     for name in ('model.pb', 'model_saved_model/', 'model.tflite', 'model_float16.tflite'):
       path = os.path.join(self.dir, name)
       output = self.evaluate_graph(path)

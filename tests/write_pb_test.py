@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 
 from common import checkpoints
+from common import files
 from export import comparison
 from export import folding
 from export import formats
@@ -148,15 +149,53 @@ class WritePbTest(tf.test.TestCase):
     with self.assertRaisesRegex(checkpoints.CheckpointError, 'has no averages'):
       self.write('--use_averages', 'yes')
 
-  def test_metrics_of_the_same_checkpoint(self):
-    os.mkdir(os.path.join(self.log_dir, 'eval'))
-    self.addCleanup(shutil.rmtree, os.path.join(self.log_dir, 'eval'))
-    for checkpoint, is_same in [(self.checkpoint, True), (self.checkpoint + '0', False)]:
-      metrics = {'accuracy': 0.5, 'checkpoint': checkpoint}
-      with open(os.path.join(self.log_dir, 'eval', 'metrics.json'), 'w') as f:
-        json.dump(metrics, f)
+  def test_metrics_of_the_same_weights_only(self):
+    folder = os.path.join(self.log_dir, 'eval')
+    os.mkdir(folder)
+    self.addCleanup(shutil.rmtree, folder)
+    best = os.path.join(self.log_dir, 'best')
+    shutil.copytree(self.log_dir, best)
+    self.addCleanup(shutil.rmtree, best)
+    other = os.path.join(self.dir, 'other')
+    os.mkdir(other)
+    small_model.write_checkpoint(other, is_fitted=False)  # with the same name and step
+    metrics = {'accuracy': 0.5, 'checkpoint_sha256': files.sha256(f'{self.checkpoint}.index'),
+               'uses_averages': False, 'image_size': 71}
+    for log_dir, written, expected in [
+        (self.log_dir, metrics, metrics), (best, metrics, metrics),
+        (other, metrics, None), (self.log_dir, {**metrics, 'uses_averages': True}, None),
+        (self.log_dir, {**metrics, 'image_size': 128}, None), (self.log_dir, [], None)]:
+      with open(os.path.join(folder, 'metrics.json'), 'w') as f:
+        json.dump(written, f)
+      if log_dir == other:
+        shutil.copytree(folder, os.path.join(other, 'eval'))
+      self.write('--noverify', log_dir=log_dir)
+      self.assertEqual(self.model_file()['metrics'], expected)
+
+  def test_every_file_keeps_its_own_description(self):
+    self.write('--noverify', '--formats', 'jpeg_pb')
+    with tempfile.TemporaryDirectory() as log_dir:
+      checkpoint = small_model.write_checkpoint(log_dir, 8)
+      self.write('--noverify', log_dir=log_dir)
+    described = self.model_file()
+    self.assertEqual((described['checkpoint'], described['global_step']), (checkpoint, 8))
+    self.assertEqual([(file['file'], file['checkpoint'], file['global_step'])
+                      for file in described['files']],
+                     [('model.pb', checkpoint, 8), ('model_jpeg.pb', self.checkpoint, 7)])
+    with open(os.path.join(self.dir, 'model_jpeg.pb'), 'ab') as f:
+      f.write(b'changed')
+    self.write('--noverify')
+    self.assertEqual([(file['file'], file['global_step']) for file in self.model_file()['files']],
+                     [('model.pb', 7)])
+
+  def test_model_json_of_another_program_is_not_replaced(self):
+    content = '{"class_name": "Functional", "config": {}}'
+    with open(os.path.join(self.dir, 'model.json'), 'w') as f:
+      f.write(content)
+    with self.assertRaisesRegex(freeze.FreezeError, 'model.json was not written by write_pb.py'):
       self.write('--noverify')
-      self.assertEqual(self.model_file()['metrics'], metrics if is_same else None)
+    with open(os.path.join(self.dir, 'model.json')) as f:
+      self.assertEqual(f.read(), content)
 
   def test_without_a_dataset(self):
     folder = os.getcwd()
