@@ -12,6 +12,7 @@ A .pb is a program: load only files that you or someone you trust made.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 
@@ -55,6 +56,9 @@ def parse_args(argv=None):
                       'written beside it')
   parser.add_argument('--formats', type=parse_formats, default='pb',
                       help=f'comma-separated formats: {", ".join(formats.FORMATS)}')
+  parser.add_argument('--image_size', '--eval_image_size', type=arguments.image_size,
+                      help='height and width of the images in pixels; the network takes any size '
+                      '(default: the size it was trained with)')
   parser.add_argument('--nofold', action='store_true',
                       help='keeps the batch norms in the graph')
   parser.add_argument('--precision', choices=models.PRECISIONS, default='float32',
@@ -80,6 +84,7 @@ def parse_args(argv=None):
 def main(args):
   checkpoint = checkpoints.find(args.log_dir, args.checkpoint_path)
   config = checkpoints.load_config(checkpoint)
+  config = dataclasses.replace(config, image_size=args.image_size or config.image_size)
   formats.require_packages(args.formats, args.verify)
   paths = freeze.plan_files(args.formats, args.output_file)
   folder = os.path.dirname(args.output_file) or '.'

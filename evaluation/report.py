@@ -1,6 +1,7 @@
 """Evaluates a split and writes the results to files and to TensorBoard."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -140,7 +141,7 @@ class SplitEvaluation:
     self._picture_indices = np.linspace(
         0, dataset.num_samples - 1, num_pictures).astype(int).tolist()
 
-  def of_checkpoints(self, devices, use_averages):
+  def of_checkpoints(self, devices, use_averages, image_size=None):
     """Returns a function that evaluates the checkpoints of a training run, one per call.
 
     The function takes a checkpoint's path and returns what `_report` returns. It
@@ -149,6 +150,8 @@ class SplitEvaluation:
 
     Args:
       devices, use_averages: see `evaluator.Evaluator`.
+      image_size: height and width of the images in pixels; None is the size that
+        the network was trained with.
     """
     config = evaluate_checkpoint = None
 
@@ -156,6 +159,7 @@ class SplitEvaluation:
       nonlocal config, evaluate_checkpoint
       if evaluate_checkpoint is None:
         config = checkpoints.load_config(checkpoint)
+        config = dataclasses.replace(config, image_size=image_size or config.image_size)
         self._check_classes(checkpoint, config.class_names)
         evaluate_checkpoint = evaluator.Evaluator(
             self._dataset, config, self._batch_size, devices, show_progress=True)

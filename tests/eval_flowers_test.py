@@ -170,6 +170,7 @@ class GraphTest(EvalTestCase):
           'pb,saved_model,tflite,tflite_float16,jpeg_pb']))
     with open(os.path.join(self.dir, 'model.json'), encoding='utf-8') as f:
       self.assertEqual(json.load(f)['metrics'], expected)
+    self.assertEqual(expected['image_size'], 71)
     for name in ('model.pb', 'model_saved_model/', 'model.tflite', 'model_float16.tflite'):
       path = os.path.join(self.dir, name)
       output = self.evaluate_graph(path)
@@ -187,6 +188,24 @@ class GraphTest(EvalTestCase):
     with self.assertRaisesRegex(checkpoints.CheckpointError,
                                 'model.pb was trained on the classes a, b, c, d, e, but'):
       self.evaluate_graph(pb)
+
+  def test_another_image_size(self):
+    self.without_pictures()
+    small_model.write_checkpoint(self.log_dir)
+    evaluate('--log_dir', self.log_dir, '--eval_image_size', '80')
+    expected = self.read_metrics()
+    self.assertEqual(expected['image_size'], 80)
+    pb = os.path.join(self.dir, 'model.pb')
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+      write_pb.main(write_pb.parse_args(['--log_dir', self.log_dir, '--output_file', pb,
+                                         '--noverify', '--image_size', '80']))
+    self.assertIn('float32 [None, 80, 80, 3]', output.getvalue())
+    with open(os.path.join(self.dir, 'model.json'), encoding='utf-8') as f:
+      self.assertEqual(json.load(f)['metrics'], expected)
+    self.evaluate_graph(pb)
+    found = self.read_metrics(pb + '.eval')
+    self.assertEqual((found['image_size'], found['confusion_matrix']),
+                     (80, expected['confusion_matrix']))
 
   def evaluate_graph(self, path):
     output = io.StringIO()
@@ -206,7 +225,7 @@ class GraphTest(EvalTestCase):
 
   def test_options_that_exclude_each_other(self):
     for option in (['--use_averages', 'no'], ['--num_clones', '2'], ['--eval_on_cpu'], ['--watch'],
-                   ['--checkpoint_path', 'log']):
+                   ['--checkpoint_path', 'log'], ['--image_size', '128']):
       with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
         eval_flowers.parse_args(['--graph', 'model.pb', *option])
 
