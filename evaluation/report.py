@@ -191,6 +191,7 @@ class SplitEvaluation:
     reader = evaluator.ImageReader(self._dataset, self._batch_size, model.image_size)
     result = evaluator.run_pass(reader, predict, 1, self._picture_indices,
                                 pictures.MAX_GRID_IMAGES, show_progress=True)
+    evaluator.require_images(result, self._dataset)
     return self._report(result, {
         'graph': path, 'global_step': model.description.get('global_step', 0),
         'image_size': model.image_size,
