@@ -209,7 +209,7 @@ if __name__ == '__main__':
   try:
     main(parse_args())
   except (flowers.DatasetError, checkpoints.CheckpointError, towers.DeviceError,
-          models.ModelError) as error:
+          models.ModelError, OSError) as error:
     sys.exit(f'eval_flowers.py: {error}')
   except KeyboardInterrupt:
     sys.exit('eval_flowers.py: interrupted')

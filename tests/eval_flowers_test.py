@@ -155,6 +155,21 @@ class OnceTest(EvalTestCase):
       evaluate('--watch', '--checkpoint_path', 'log')
 
 
+  def test_results_that_cannot_be_written(self):
+    checkpoint = small_model.write_checkpoint(self.log_dir, 1, is_fitted=False)
+    file = f'{checkpoint}.index'
+    link = os.path.join(self.dir, 'link')
+    os.symlink('nowhere', link)
+    for folder, message in [(file, f'{file} is not a folder'),
+                            (f'{file}/eval', f'{file} is not a folder'),
+                            (link, f'{link} is not a folder')]:
+      with self.assertRaisesRegex(OSError, f'Cannot write results into {folder}: {message}'):
+        evaluate('--log_dir', self.log_dir, '--log_eval', folder)
+    with mock.patch.object(os, 'access', return_value=False):  # root may write anywhere
+      with self.assertRaisesRegex(PermissionError, f'new/eval: {self.dir} is read-only'):
+        evaluate('--log_dir', self.log_dir, '--log_eval', os.path.join(self.dir, 'new', 'eval'))
+
+
 class GraphTest(EvalTestCase):
 
   def test_frozen_models_score_as_the_checkpoint_does(self):
