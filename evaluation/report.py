@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import os
 import sys
@@ -116,7 +117,7 @@ def _require_writable(folder):
 
 def _report_bad_records(dataset, bad_numbers):
   """Warns of records that could not be evaluated, and of truncated shards."""
-  for damage in dataset.records.damages:
+  for damage in dataset.records.damages[:flowers.MAX_NAMED_BAD_RECORDS]:
     print(f'Warning: {damage}', file=sys.stderr)
   for number in bad_numbers[:flowers.MAX_NAMED_BAD_RECORDS]:
     print(f'Warning: not evaluated: {flowers.describe_bad_record(dataset, number)}',
@@ -213,10 +214,14 @@ class SplitEvaluation:
         'uses_averages': model.description.get('averaged_weights')})
 
   def _check_classes(self, path, class_names):
-    if self.class_names != class_names:
-      raise checkpoints.CheckpointError(
-          f'{path} was trained on the classes {", ".join(class_names)}, but '
-          f'{self._about["dataset_dir"]} has {", ".join(self.class_names)}')
+    for label, names in enumerate(itertools.zip_longest(class_names, self.class_names)):
+      if names[0] != names[1]:
+        trained, here = ('no class' if name is None else
+                         metrics.shorten(name, metrics.MAX_NAME_WIDTH) for name in names)
+        raise checkpoints.CheckpointError(
+            f'{path} was trained on {len(class_names)} classes and {self._about["dataset_dir"]} '
+            f'has {len(self.class_names)}; the first difference is {label}:{trained} there and '
+            f'{label}:{here} here')
 
   def _report(self, result, about):
     """Writes files and events.
@@ -233,8 +238,9 @@ class SplitEvaluation:
     if self._writer is None:
       undrawable = pictures.undrawable_names(self.class_names)
       if undrawable:
-        print(f'Warning: no installed font can draw {", ".join(undrawable)}; pictures show their '
-              'numbers. On Debian, apt install fonts-noto-cjk helps with most', file=sys.stderr)
+        print(f'Warning: no installed font can draw {len(undrawable)} class names, like '
+              f'{undrawable[0]}; pictures show their numbers. On Debian, apt install '
+              'fonts-noto-cjk helps with most', file=sys.stderr)
       os.makedirs(self._log_eval, exist_ok=True)
       self._writer = tf.summary.FileWriter(self._log_eval)
     bad_numbers = sorted(set(range(self._dataset.num_samples)).difference(result.positions))
