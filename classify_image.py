@@ -12,6 +12,7 @@ A .pb is a program: load only files that you or someone you trust made.
 """
 
 import argparse
+import codecs
 import collections
 import concurrent.futures
 import csv
@@ -189,6 +190,17 @@ def print_csv(result):
   sys.stdout.flush()
 
 
+def encode_unencodable(error):
+  """Error handler of standard output for characters that its encoding lacks.
+
+  A byte of a file name that is not text is printed as it is, anything else as
+  an escape like \\u5411.
+  """
+  character = error.object[error.start]
+  handler = 'surrogateescape' if '\udc80' <= character <= '\udcff' else 'backslashreplace'
+  return character.encode(error.encoding, handler), error.start + 1
+
+
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__.split('\n')[0],
@@ -219,9 +231,8 @@ def main(args):
   """Classifies the files on the command line; returns the exit code."""
   files = find_files(args.images)
   model = models.load(args.graph, args.precision)
-  # Prints file names that are not UTF-8 with their original bytes.
-  sys.stdout.reconfigure(errors='surrogateescape')
-  sys.stderr.reconfigure(errors='backslashreplace')
+  codecs.register_error('classify_image', encode_unencodable)
+  sys.stdout.reconfigure(errors='classify_image')
   if args.print_result is print_csv:
     print('file,rank,label,name,probability')
   num_errors = 0

@@ -176,6 +176,20 @@ class ClassifyImageTest(tf.test.TestCase):
     self.assertEqual(result.stdout.decode(),
                      f'./a, b.jpg: {first[3]} {float(first[4]):.4f}\n')
 
+  def test_output_without_unicode(self):
+    folder = self.dir / 'model'
+    shutil.copytree(self.model_dir, folder)
+    (folder / 'labels.txt').write_text(
+        '0:向日葵\n1:向日葵1\n2:向日葵2\n3:向日葵3\n4:向日葵4\n', 'utf-8')
+    (folder / 'model.json').unlink(missing_ok=True)
+    name = os.fsdecode(b'caf\xe9.jpg')
+    (self.dir / name).write_bytes(drawn_flowers(1)[0])
+    for encoding in ('ascii', 'cp1252'):
+      result = self.run_script('--graph', str(folder / 'model.pb'), name, '--top_k', '1',
+                               env={**os.environ, 'PYTHONIOENCODING': encoding})
+      self.assertEqual(result.returncode, 0, result.stderr)
+      self.assertRegex(result.stdout, rb'^caf\xe9.jpg: \\u5411\\u65e5\\u8475\d? [01]')
+
   def test_mistakes(self):
     result = self.run_script('--graph', 'none.pb', 'a.jpg')
     self.assertEqual(result.returncode, 1)

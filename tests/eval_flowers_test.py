@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import dataclasses
+import glob
 import io
 import json
 import os
@@ -21,6 +23,7 @@ from evaluation import metrics
 from evaluation import report
 from export import models
 import pipeline_test
+import scripts
 from scripts import DATASET_DIR
 import small_model
 import write_pb
@@ -154,6 +157,24 @@ class OnceTest(EvalTestCase):
     with self.assertRaises(SystemExit):
       evaluate('--watch', '--checkpoint_path', 'log')
 
+
+  def test_output_without_unicode(self):
+    dataset_dir = os.path.join(self.dir, 'dataset')
+    os.mkdir(dataset_dir)
+    names = ['向日葵', *small_model.CLASS_NAMES[1:]]
+    with open(os.path.join(dataset_dir, 'labels.txt'), 'w', encoding='utf-8') as f:
+      f.writelines(f'{label}:{name}\n' for label, name in enumerate(names))
+    for path in glob.glob(os.path.join(DATASET_DIR, 'flowers_validation_*')):
+      os.symlink(path, os.path.join(dataset_dir, os.path.basename(path)))
+    checkpoint = small_model.write_checkpoint(self.log_dir)
+    checkpoints.save_config(
+        dataclasses.replace(small_model.CONFIG, class_names=names), self.log_dir)
+    environment = {**os.environ, 'PYTHONIOENCODING': 'ascii', 'CUDA_VISIBLE_DEVICES': '-1'}
+    process = scripts.start('eval_flowers.py', '--dataset_dir', dataset_dir, '--checkpoint_path',
+                            checkpoint, '--log_dir', self.log_dir, env=environment)
+    output, _ = process.communicate(timeout=300)
+    self.assertEqual(process.returncode, 0, output)
+    self.assertIn('\n\\u5411\\u65e5\\u8475 ', output)
 
   def test_results_that_cannot_be_written(self):
     checkpoint = small_model.write_checkpoint(self.log_dir, 1, is_fitted=False)
