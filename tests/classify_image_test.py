@@ -65,10 +65,24 @@ class ClassifyImageTest(tf.test.TestCase):
     self.assertEqual(find(''), ['[1].jpg', 'a.PNG', 'b.jpg', 'sub/c.webp'])
     self.assertEqual(find('notes.txt', '-', 'b.jpg'), ['notes.txt', '-', 'b.jpg'])
     self.assertEqual(find('*.txt', '**/*.webp'), ['notes.txt', 'sub/c.webp'])
+    self.assertEqual(find('s*', '[a-z]*/**'), ['sub/c.webp', 'sub/c.webp'])
     self.assertEqual(find('[1].jpg'), ['[1].jpg'])  # a file's name comes before a pattern
     self.assertEqual(find('none.jpg', '*.gif'), ['none.jpg', '*.gif'])
     (self.dir / 'empty').mkdir()
     self.assertEqual(find('empty'), ['empty'])
+
+  def test_folders_are_searched_through_links(self):
+    outside = self.dir / 'outside'
+    folder = self.dir / 'folder'
+    for path in (outside / 'a.jfif', outside / 'b.AVIF', folder / 'c.jpe'):
+      path.parent.mkdir(exist_ok=True)
+      path.write_bytes(b'')
+    (folder / 'link').symlink_to(outside)
+    (outside / 'cycle').symlink_to(folder)
+    (folder / 'broken.jpg').symlink_to('nowhere')
+    self.assertEqual(
+        [os.path.relpath(file, folder) for file in classify_image.find_files([str(folder)])],
+        ['broken.jpg', 'c.jpe', 'link/a.jfif', 'link/b.AVIF'])
 
   def test_results_equal_those_of_evaluation(self):
     expected, labels = small_model.validation_images()
