@@ -138,7 +138,7 @@ def format_table(metrics, class_names):
 
 def text_width(text):
   """Returns how many columns of a terminal a text takes; many Asian characters take two."""
-  return sum(0 if unicodedata.combining(character) else
+  return sum(0 if unicodedata.category(character) in ('Mn', 'Me', 'Cf') else
              2 if unicodedata.east_asian_width(character) in 'WF' else 1
              for character in text)
 

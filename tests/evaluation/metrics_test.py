@@ -88,6 +88,10 @@ class MetricsTest(tf.test.TestCase):
     self.assertEqual([matrix[0], matrix[1], matrix[2999]], [{'0': 2, '7': 1}, {}, {'2999': 1}])
     self.assertLess(len(text), 400_000)
 
+  def test_text_width(self):
+    for text, width in [('向日葵', 6), ('می\u200cخواهم', 7), ('गुलाब', 4), ('e\u0301', 1)]:
+      self.assertEqual(metrics.text_width(text), width, text)
+
   def test_shorten(self):
     self.assertEqual(metrics.shorten('daisy', 5), 'daisy')
     self.assertEqual(metrics.shorten('beetle_larva_02', 9), 'beet…a_02')
