@@ -41,7 +41,11 @@ def parse_formats(text):
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__.split('\n')[0],
-      epilog='A .pb is a program: load only files that you or someone you trust made.',
+      epilog='Models that decode images themselves (jpeg_pb, and the signature "encoded" of '
+      'saved_model) ignore EXIF orientation and transparency, as TensorFlow does. '
+      'classify_image.py turns every image upright and puts it on white before such a model gets '
+      'it; other programs have to do the same. A .pb is a program: load only files that you or '
+      'someone you trust made.',
       formatter_class=arguments.HelpFormatter)
   parser.add_argument('--log_dir', '--train_dir', default='./log',
                       help='folder that train_flowers.py wrote')
@@ -52,8 +56,8 @@ def parse_args(argv=None):
                       help='whether to freeze the Polyak averages of the weights; auto: if the '
                       'checkpoint has them')
   parser.add_argument('--output_file', default='frozen_model_xception.pb',
-                      help='frozen graph; the other formats, labels.txt and model.json are '
-                      'written beside it')
+                      help='name of the frozen graph, ending in .pb; the other formats are named '
+                      'after it, and labels.txt and model.json are written beside it')
   parser.add_argument('--formats', type=parse_formats, default='pb',
                       help=f'comma-separated formats: {", ".join(formats.FORMATS)}')
   parser.add_argument('--image_size', '--eval_image_size', type=arguments.image_size,

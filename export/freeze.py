@@ -28,6 +28,8 @@ import xception_preprocessing
 ORIGIN_KEYS = ('image_size', 'depth_multiplier', 'checkpoint', 'global_step', 'averaged_weights',
                'folded', 'precision', 'versions')
 
+SAVED_MODEL_FILE = 'saved_model.pb'  # in the folder of a SavedModel
+
 
 class FreezeError(Exception):
   """The files cannot be written to the requested place."""
@@ -48,6 +50,9 @@ def freeze(checkpoint, config, use_averages='auto'):
     predict: function of images as for `input` that returns the probabilities of
       the checkpoint itself.
     is_averaged: whether the weights are Polyak averages.
+
+  Raises:
+    checkpoints.CheckpointError: the checkpoint cannot be restored.
   """
   session = tf.Session(graph=tf.Graph())
   with session.graph.as_default():
@@ -58,8 +63,13 @@ def freeze(checkpoint, config, use_averages='auto'):
           images, config.num_classes, is_training=False,
           depth_multiplier=config.depth_multiplier)
     output = tf.identity(end_points['Predictions'], name=models.OUTPUT_NODE)
-    saver, is_averaged = checkpoints.inference_saver(checkpoint, use_averages)
-    saver.restore(session, checkpoint)
+    try:
+      saver, is_averaged = checkpoints.inference_saver(checkpoint, use_averages)
+      saver.restore(session, checkpoint)
+    except (tf.errors.OpError, ValueError) as error:
+      # The reason comes before the name of the failing operation.
+      reason = str(error).split('[[{{node')[0].strip().splitlines()[-1]
+      raise checkpoints.CheckpointError(f'{checkpoint} cannot be restored: {reason}') from error
     graph_def = tf.graph_util.convert_variables_to_constants(
         session, session.graph.as_graph_def(), [models.OUTPUT_NODE])
   return graph_def, lambda batch: session.run(output, {images: batch}), is_averaged
@@ -69,8 +79,14 @@ def plan_files(format_names, output_file):
   """Returns {format: path} of the files to write; all are named after output_file.
 
   Raises:
-    FreezeError: the folder does not exist, or something else has a file's name.
+    FreezeError: output_file is not a .pb in an existing folder, or something else
+      has a file's name.
   """
+  if os.path.splitext(output_file)[1] != '.pb' or (
+      os.path.basename(output_file) == SAVED_MODEL_FILE):
+    raise FreezeError(
+        f'--output_file must be the name of a .pb file like frozen_model_xception.pb, got '
+        f'{output_file!r}; --formats adds other formats beside it')
   folder = os.path.dirname(output_file) or '.'
   if not os.path.isdir(folder):
     raise FreezeError(f'--output_file {output_file}: there is no folder {folder}')
@@ -81,18 +97,16 @@ def plan_files(format_names, output_file):
     if name != 'saved_model' and os.path.isdir(path):
       raise FreezeError(f'{path} is a folder: choose another --output_file')
     if name == 'saved_model' and os.path.exists(path) and not (
-        os.path.isfile(os.path.join(path, 'saved_model.pb'))):
+        os.path.isfile(os.path.join(path, SAVED_MODEL_FILE))):
       raise FreezeError(f'{path} exists and is not a SavedModel: choose another --output_file')
   return paths
 
 
 def check_labels(class_names, path):
-  """Raises a FreezeError if `path` is a labels.txt of other classes."""
-  if os.path.exists(path):
-    with open(path, encoding='utf-8') as f:
-      if f.read() != labels_text(class_names):
-        raise FreezeError(f'{path} names other classes than the checkpoint: '
-                          'choose an --output_file in another folder')
+  """Raises an error if `path` is a labels.txt of other classes, or something else."""
+  if os.path.lexists(path) and flowers.read_labels_file(path) != class_names:
+    raise FreezeError(f'{path} names other classes than the checkpoint: '
+                      'choose an --output_file in another folder')
 
 
 def labels_text(class_names):

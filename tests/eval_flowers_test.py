@@ -176,6 +176,17 @@ class OnceTest(EvalTestCase):
     self.assertEqual(process.returncode, 0, output)
     self.assertIn('\n\\u5411\\u65e5\\u8475 ', output)
 
+  def test_files_that_are_not_checkpoints(self):
+    checkpoints.save_config(small_model.CONFIG, self.log_dir)
+    for name, content in [('weights.h5', b'\x89HDF\r\n\x1a\n' + bytes(99)), ('notes.txt', b'text')]:
+      path = os.path.join(self.log_dir, name)
+      with open(path, 'wb') as f:
+        f.write(content)
+      with self.assertRaisesRegex(checkpoints.CheckpointError, path):
+        evaluate('--log_dir', self.log_dir, '--checkpoint_path', path)
+    with self.assertRaisesRegex(checkpoints.CheckpointError, f'No checkpoint in {self.log_dir}'):
+      evaluate('--log_dir', self.log_dir)
+
   def test_results_that_cannot_be_written(self):
     checkpoint = small_model.write_checkpoint(self.log_dir, 1, is_fitted=False)
     file = f'{checkpoint}.index'

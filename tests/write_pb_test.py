@@ -197,6 +197,27 @@ class WritePbTest(tf.test.TestCase):
     with open(os.path.join(self.dir, 'model.json')) as f:
       self.assertEqual(f.read(), content)
 
+  def test_files_that_are_not_checkpoints(self):
+    folder = os.path.join(self.dir, 'log')
+    os.mkdir(folder)
+    checkpoints.save_config(small_model.CONFIG, folder)
+    for name, content in [('weights.h5', b'\x89HDF\r\n\x1a\n' + bytes(99)), ('notes.txt', b'text')]:
+      path = os.path.join(folder, name)
+      with open(path, 'wb') as f:
+        f.write(content)
+      with self.assertRaisesRegex(checkpoints.CheckpointError, path):
+        self.write('--checkpoint_path', path)
+    with self.assertRaisesRegex(checkpoints.CheckpointError, f'No checkpoint in {folder}'):
+      self.write('--checkpoint_path', folder)
+
+  def test_damaged_checkpoint(self):
+    with tempfile.TemporaryDirectory() as log_dir:
+      checkpoint = small_model.write_checkpoint(log_dir)
+      with open(f'{checkpoint}.index', 'wb') as f:
+        f.write(b'damaged')
+      with self.assertRaisesRegex(checkpoints.CheckpointError, 'ckpt-7 cannot be restored'):
+        self.write(log_dir=log_dir)
+
   def test_without_a_dataset(self):
     folder = os.getcwd()
     os.chdir(self.dir)
@@ -247,6 +268,9 @@ class WritePbTest(tf.test.TestCase):
     self.assertCountEqual(os.listdir(self.dir), ['labels.txt'])
     with self.assertRaisesRegex(freeze.FreezeError, 'none/x.pb: there is no folder none'):
       self.write('--output_file', 'none/x.pb')
+    for name in ('model.tflite', 'labels.txt', '', f'{self.dir}/', 'model', 'saved_model.pb'):
+      with self.assertRaisesRegex(freeze.FreezeError, f"must be .* a .pb file .* got '{name}'"):
+        self.write('--output_file', name)
     with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as errors:
       self.write('--formats', 'pb,caffe')
     self.assertIn('must be among pb,saved_model,', errors.getvalue())
