@@ -12,6 +12,7 @@ A .pb is a program: load only files that you or someone you trust made.
 """
 
 import argparse
+import codecs
 import collections
 import concurrent.futures
 import csv
@@ -34,7 +35,8 @@ from records import image_files
 
 STANDARD_INPUT = '-'
 # Files to look for in a folder; a file given by name may have any suffix.
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
+SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.gif', '.bmp', '.webp', '.avif', '.tif',
+            '.tiff', '.ppm')
 MAX_FILE_BYTES = 256 * 2**20
 NUM_THREADS = 2  # for decoding
 
@@ -50,7 +52,7 @@ def find_files(patterns):
 
   Args:
     patterns: files, `-`, folders to search with their sub-folders, and patterns
-      like 'photos/*.jpg'.
+      like 'photos/*.jpg', which may match folders too.
 
   Returns:
     List of file names in the given order; those from a folder or a pattern are
@@ -58,12 +60,13 @@ def find_files(patterns):
   """
   files = []
   for pattern in patterns:
-    if os.path.isdir(pattern):
-      files.extend(_images_below(pattern) or [pattern])
-    elif pattern != STANDARD_INPUT and not os.path.lexists(pattern) and glob.has_magic(pattern):
-      files.extend(sorted(glob.glob(pattern, recursive=True)) or [pattern])
-    else:
-      files.append(pattern)
+    matches = [pattern]
+    if pattern != STANDARD_INPUT and not os.path.lexists(pattern) and glob.has_magic(pattern):
+      matches = sorted(glob.glob(pattern, recursive=True))
+    # A pattern with ** matches both folders and what is in them, which is taken once.
+    found = dict.fromkeys(file for match in matches for file in (
+        _images_below(match) if os.path.isdir(match) else [match]))
+    files.extend(found or [pattern])
   return files
 
 
@@ -71,12 +74,18 @@ def _images_below(folder):
   def fail(error):
     raise error
 
-  files = []
-  for parent, folders, names in os.walk(folder, onerror=fail):
+  files, visited = [], set()
+  for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+    status = os.stat(parent)
+    if (status.st_dev, status.st_ino) in visited:
+      folders.clear()  # a link back to a folder seen before
+      continue
+    visited.add((status.st_dev, status.st_ino))
     folders.sort()
-    files.extend(os.path.join(parent, name) for name in sorted(names)
-                 if name.lower().endswith(SUFFIXES) and not name.startswith('.')
-                 and os.path.isfile(os.path.join(parent, name)))
+    paths = [os.path.join(parent, name) for name in sorted(names)
+             if name.lower().endswith(SUFFIXES) and not name.startswith('.')]
+    # A broken link is reported; a pipe would block.
+    files.extend(path for path in paths if os.path.isfile(path) or not os.path.exists(path))
   return files
 
 
@@ -189,6 +198,17 @@ def print_csv(result):
   sys.stdout.flush()
 
 
+def encode_unencodable(error):
+  """Error handler of standard output for characters that its encoding lacks.
+
+  A byte of a file name that is not text is printed as it is, anything else as
+  an escape like \\u5411.
+  """
+  character = error.object[error.start]
+  handler = 'surrogateescape' if '\udc80' <= character <= '\udcff' else 'backslashreplace'
+  return character.encode(error.encoding, handler), error.start + 1
+
+
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__.split('\n')[0],
@@ -219,9 +239,8 @@ def main(args):
   """Classifies the files on the command line; returns the exit code."""
   files = find_files(args.images)
   model = models.load(args.graph, args.precision)
-  # Prints file names that are not UTF-8 with their original bytes.
-  sys.stdout.reconfigure(errors='surrogateescape')
-  sys.stderr.reconfigure(errors='backslashreplace')
+  codecs.register_error('classify_image', encode_unencodable)
+  sys.stdout.reconfigure(errors='classify_image')
   if args.print_result is print_csv:
     print('file,rank,label,name,probability')
   num_errors = 0

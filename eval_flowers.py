@@ -148,6 +148,9 @@ def parse_args(argv=None):
   group.add_argument('--use_averages', choices=['auto', 'yes', 'no'], default='auto',
                      help='whether to use the Polyak averages of the weights; auto: if the '
                      'checkpoint has them')
+  group.add_argument('--image_size', '--eval_image_size', type=arguments.image_size,
+                     help='height and width of the images in pixels; the network takes any size '
+                     '(default: the size it was trained with)')
   group = parser.add_argument_group('devices')
   group.add_argument('--batch_size', type=arguments.positive_int, default=32,
                      help='images per device and step; does not change the result')
@@ -157,9 +160,10 @@ def parse_args(argv=None):
   group.add_argument('--eval_on_cpu', '--clone_on_cpu', action='store_true',
                      help='leaves the GPUs to training')
   args = parser.parse_args(argv)
-  if args.graph and (args.num_clones or args.eval_on_cpu or args.use_averages != 'auto'):
-    parser.error('--graph has frozen weights, and its runtime chooses the devices: leave out '
-                 '--use_averages, --num_clones and --eval_on_cpu')
+  if args.graph and (args.num_clones or args.eval_on_cpu or args.image_size
+                     or args.use_averages != 'auto'):
+    parser.error('--graph has frozen weights and a fixed image size, and its runtime chooses the '
+                 'devices: leave out --use_averages, --image_size, --num_clones and --eval_on_cpu')
   return args
 
 
@@ -178,8 +182,8 @@ def main(args):
       {'dataset_dir': args.dataset_dir, 'dataset_split_name': args.dataset_split_name})
   images = f'{dataset.num_samples} images of the {args.dataset_split_name} split'
   if args.watch:
-    watch(split.of_checkpoints(devices, args.use_averages), args.log_dir, args.watch_timeout,
-          args.max_number_of_steps)
+    watch(split.of_checkpoints(devices, args.use_averages, args.image_size), args.log_dir,
+          args.watch_timeout, args.max_number_of_steps)
     return
   if args.graph:
     print(f'Evaluating {args.graph} on {images}', flush=True)
@@ -192,7 +196,8 @@ def main(args):
     choice = 'as named' if checkpoint == args.checkpoint_path else (
         f'the newest of {args.checkpoint_path or args.log_dir}')
     print(f'Evaluating {checkpoint}, {choice}, on {images}, on {", ".join(devices)}', flush=True)
-    computed, about, files = split.of_checkpoints(devices, args.use_averages)(checkpoint)
+    evaluate = split.of_checkpoints(devices, args.use_averages, args.image_size)
+    computed, about, files = evaluate(checkpoint)
   print(metrics.format_table(computed, split.class_names))
   print(f'Wrote {", ".join(files)} and events to {log_eval}')
   print_report(computed, about)
@@ -201,10 +206,11 @@ def main(args):
 if __name__ == '__main__':
   tf.disable_v2_behavior()
   tf.enable_resource_variables()
+  sys.stdout.reconfigure(errors='backslashreplace')  # class names on a terminal without UTF-8
   try:
     main(parse_args())
   except (flowers.DatasetError, checkpoints.CheckpointError, towers.DeviceError,
-          models.ModelError) as error:
+          models.ModelError, OSError) as error:
     sys.exit(f'eval_flowers.py: {error}')
   except KeyboardInterrupt:
     sys.exit('eval_flowers.py: interrupted')

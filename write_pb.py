@@ -12,6 +12,7 @@ A .pb is a program: load only files that you or someone you trust made.
 """
 
 import argparse
+import dataclasses
 import os
 import sys
 
@@ -40,7 +41,11 @@ def parse_formats(text):
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__.split('\n')[0],
-      epilog='A .pb is a program: load only files that you or someone you trust made.',
+      epilog='Models that decode images themselves (jpeg_pb, and the signature "encoded" of '
+      'saved_model) ignore EXIF orientation and transparency, as TensorFlow does. '
+      'classify_image.py turns every image upright and puts it on white before such a model gets '
+      'it; other programs have to do the same. A .pb is a program: load only files that you or '
+      'someone you trust made.',
       formatter_class=arguments.HelpFormatter)
   parser.add_argument('--log_dir', '--train_dir', default='./log',
                       help='folder that train_flowers.py wrote')
@@ -51,10 +56,13 @@ def parse_args(argv=None):
                       help='whether to freeze the Polyak averages of the weights; auto: if the '
                       'checkpoint has them')
   parser.add_argument('--output_file', default='frozen_model_xception.pb',
-                      help='frozen graph; the other formats, labels.txt and model.json are '
-                      'written beside it')
+                      help='name of the frozen graph, ending in .pb; the other formats are named '
+                      'after it, and labels.txt and model.json are written beside it')
   parser.add_argument('--formats', type=parse_formats, default='pb',
                       help=f'comma-separated formats: {", ".join(formats.FORMATS)}')
+  parser.add_argument('--image_size', '--eval_image_size', type=arguments.image_size,
+                      help='height and width of the images in pixels; the network takes any size '
+                      '(default: the size it was trained with)')
   parser.add_argument('--nofold', action='store_true',
                       help='keeps the batch norms in the graph')
   parser.add_argument('--precision', choices=models.PRECISIONS, default='float32',
@@ -80,6 +88,7 @@ def parse_args(argv=None):
 def main(args):
   checkpoint = checkpoints.find(args.log_dir, args.checkpoint_path)
   config = checkpoints.load_config(checkpoint)
+  config = dataclasses.replace(config, image_size=args.image_size or config.image_size)
   formats.require_packages(args.formats, args.verify)
   paths = freeze.plan_files(args.formats, args.output_file)
   folder = os.path.dirname(args.output_file) or '.'
@@ -100,6 +109,7 @@ def main(args):
 if __name__ == '__main__':
   tf.disable_v2_behavior()
   tf.enable_resource_variables()
+  sys.stdout.reconfigure(errors='backslashreplace')  # class names on a terminal without UTF-8
   try:
     main(parse_args())
   except (checkpoints.CheckpointError, flowers.DatasetError, models.ModelError,

@@ -8,6 +8,7 @@ a checkpoint that it has just saved.
 """
 
 import collections
+import contextlib
 import itertools
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
@@ -38,6 +39,7 @@ class ImageReader:
   """Iterates over the preprocessed images of a split, from the first each time.
 
   Attributes:
+    dataset: slim Dataset of the split.
     num_images: number of images, bad records included.
   """
 
@@ -50,6 +52,7 @@ class ImageReader:
       image_size: height and width of the images in pixels.
       worker, num_workers: reads every num_workers-th image, starting with number `worker`.
     """
+    self.dataset = dataset
     self.num_images = dataset.num_samples
     self._graph = tf.Graph()
     with self._graph.as_default():
@@ -84,13 +87,16 @@ def run_pass(reader, predict, num_batches=1, image_indices=(), num_mistakes=0,
     show_progress: whether to show a progress bar on a terminal.
 
   Returns:
-    An Evaluation; uses_averages is None.
+    An Evaluation, possibly without any image; uses_averages is None.
   """
   keeper = _ImageKeeper(image_indices, num_mistakes)
-  columns = []
-  batches = iter(reader)
-  with tqdm.tqdm(total=reader.num_images, unit=' images',
-                 disable=None if show_progress else True) as progress:
+  columns = [(np.zeros(0, np.int64), np.zeros([0, reader.dataset.num_classes], np.float32),
+              np.zeros(0, np.float32), np.zeros(0, np.int64))]
+  # After an exception, the traceback would keep the iterator alive, and at exit its open session
+  # makes Python hang.
+  with contextlib.closing(iter(reader)) as batches, tqdm.tqdm(
+      total=reader.num_images, unit=' images',
+      disable=None if show_progress else True) as progress:
     while group := list(itertools.islice(batches, num_batches)):
       for (images, labels, positions), (probabilities, losses) in zip(group, predict(group)):
         columns.append((labels, probabilities, losses, positions))
@@ -98,6 +104,14 @@ def run_pass(reader, predict, num_batches=1, image_indices=(), num_mistakes=0,
         progress.update(len(images))
   return Evaluation(*(np.concatenate(column) for column in zip(*columns)), keeper.images,
                     keeper.mistakes, None)
+
+
+def require_images(result, dataset):
+  """Raises a flowers.DatasetError if all records were bad, so that there is nothing to evaluate."""
+  if not len(result.labels):
+    raise flowers.DatasetError(
+        f'None of the {dataset.num_samples} records can be evaluated: '
+        + flowers.describe_bad_record(dataset, 0))
 
 
 class Evaluator:
@@ -148,12 +162,15 @@ class Evaluator:
     Raises:
       checkpoints.CheckpointError: the checkpoint cannot be restored, or has no
         averages and use_averages is 'yes'.
+      flowers.DatasetError: the split has no good image.
     """
     uses_averages = self._restore(checkpoint, use_averages)
     result = run_pass(self._reader, self._predict, len(self._towers), image_indices, num_mistakes,
                       self._show_progress)
-    return self._workers.merge_evaluation(
+    result = self._workers.merge_evaluation(
         result._replace(uses_averages=uses_averages), self._reader.num_images)
+    require_images(result, self._reader.dataset)
+    return result
 
   def close(self):
     """Frees the memory of the weights."""

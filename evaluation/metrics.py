@@ -13,6 +13,7 @@ import numpy as np
 Z_95 = 1.959963984540054  # 97.5 % of a standard normal distribution lie below
 TOP_K = 5
 MAX_TABLE_ROWS = 100  # of more classes, the table shows the worst
+MAX_DENSE_CLASSES = 100  # of more classes, metrics.json leaves zeros out of the confusion matrix
 MAX_NAME_WIDTH = 30  # columns of the terminal
 
 Metrics = collections.namedtuple('Metrics', [
@@ -90,11 +91,20 @@ def wilson_interval(num_correct, num_images, z=Z_95):
 
 
 def to_dict(metrics, class_names):
-  """Returns the metrics in types that json.dumps accepts."""
+  """Returns the metrics in types that json.dumps accepts.
+
+  The confusion matrix is a list of rows, one per label. A row is a list of the
+  counts of all predictions or, of more than MAX_DENSE_CLASSES classes, a dict
+  {prediction: count} without zeros, whose keys json.dumps turns into strings.
+  """
+  matrix = metrics.confusion_matrix.tolist()
+  if len(matrix) > MAX_DENSE_CLASSES:
+    matrix = [{prediction: count for prediction, count in enumerate(row) if count}
+              for row in matrix]
   columns = (column.tolist() for column in metrics.classes)
   return {
       **metrics._asdict(),
-      'confusion_matrix': metrics.confusion_matrix.tolist(),
+      'confusion_matrix': matrix,
       'classes': [{'name': name, **ClassMetrics(*row)._asdict()}
                   for name, *row in zip(class_names, *columns)],
       'macro_average': metrics.macro_average._asdict(),
@@ -128,7 +138,7 @@ def format_table(metrics, class_names):
 
 def text_width(text):
   """Returns how many columns of a terminal a text takes; many Asian characters take two."""
-  return sum(0 if unicodedata.combining(character) else
+  return sum(0 if unicodedata.category(character) in ('Mn', 'Me', 'Cf') else
              2 if unicodedata.east_asian_width(character) in 'WF' else 1
              for character in text)
 

@@ -10,6 +10,7 @@ import functools
 import io
 import logging
 import math
+import unicodedata
 
 import matplotlib
 from matplotlib import font_manager
@@ -164,13 +165,14 @@ def draw_contact_sheet(thumbnails, class_names):
 
 def undrawable_names(class_names):
   """Returns the names that no installed font can draw."""
-  _, undrawable = _fallback_fonts(''.join(class_names))
+  _, undrawable = _fallback_fonts(''.join(map(_drop_unknown_marks, class_names)))
   return [name for name in class_names if undrawable.intersection(name)]
 
 
 @contextlib.contextmanager
 def _drawable_names(class_names):
   """Sets up matplotlib's fonts for class names; yields the texts to draw for them."""
+  class_names = [_drop_unknown_marks(name) for name in class_names]
   families, undrawable = _fallback_fonts(''.join(class_names))
   with matplotlib.rc_context({
       'font.family': [BASE_FONT, *families],
@@ -178,6 +180,13 @@ def _drawable_names(class_names):
   }):
     yield [f'#{label}' if undrawable.intersection(name) else metrics.shorten(name, MAX_NAME_WIDTH)
            for label, name in enumerate(class_names)]
+
+
+def _drop_unknown_marks(name):
+  """Removes invisible formatting characters, such as direction marks, that BASE_FONT lacks."""
+  known = _coverage(font_manager.findfont(BASE_FONT))
+  return ''.join(character for character in name
+                 if unicodedata.category(character) != 'Cf' or ord(character) in known)
 
 
 @functools.lru_cache(maxsize=8)

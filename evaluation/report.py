@@ -1,7 +1,9 @@
 """Evaluates a split and writes the results to files and to TensorBoard."""
 
 import csv
+import dataclasses
 import io
+import itertools
 import json
 import os
 import sys
@@ -102,9 +104,20 @@ def _write_events(writer, computed, drawn, table, step):
   writer.flush()
 
 
+def _require_writable(folder):
+  """Raises an OSError if a folder can be neither written nor created."""
+  existing = os.path.abspath(folder)
+  while not os.path.lexists(existing):
+    existing = os.path.dirname(existing)
+  if not os.path.isdir(existing):
+    raise NotADirectoryError(f'Cannot write results into {folder}: {existing} is not a folder')
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise PermissionError(f'Cannot write results into {folder}: {existing} is read-only')
+
+
 def _report_bad_records(dataset, bad_numbers):
   """Warns of records that could not be evaluated, and of truncated shards."""
-  for damage in dataset.records.damages:
+  for damage in dataset.records.damages[:flowers.MAX_NAMED_BAD_RECORDS]:
     print(f'Warning: {damage}', file=sys.stderr)
   for number in bad_numbers[:flowers.MAX_NAMED_BAD_RECORDS]:
     print(f'Warning: not evaluated: {flowers.describe_bad_record(dataset, number)}',
@@ -129,7 +142,11 @@ class SplitEvaluation:
       log_eval: folder of the results; created if missing.
       batch_size: images per step.
       about: dict of further entries of metrics.json.
+
+    Raises:
+      OSError: log_eval cannot be written.
     """
+    _require_writable(log_eval)
     self.class_names = [name for _, name in sorted(dataset.labels_to_names.items())]
     self._dataset = dataset
     self._log_eval = log_eval
@@ -140,7 +157,7 @@ class SplitEvaluation:
     self._picture_indices = np.linspace(
         0, dataset.num_samples - 1, num_pictures).astype(int).tolist()
 
-  def of_checkpoints(self, devices, use_averages):
+  def of_checkpoints(self, devices, use_averages, image_size=None):
     """Returns a function that evaluates the checkpoints of a training run, one per call.
 
     The function takes a checkpoint's path and returns what `_report` returns. It
@@ -149,20 +166,23 @@ class SplitEvaluation:
 
     Args:
       devices, use_averages: see `evaluator.Evaluator`.
+      image_size: height and width of the images in pixels; None is the size that
+        the network was trained with.
     """
-    evaluate_checkpoint = None
+    config = evaluate_checkpoint = None
 
     def evaluate(checkpoint):
-      nonlocal evaluate_checkpoint
+      nonlocal config, evaluate_checkpoint
       if evaluate_checkpoint is None:
         config = checkpoints.load_config(checkpoint)
+        config = dataclasses.replace(config, image_size=image_size or config.image_size)
         self._check_classes(checkpoint, config.class_names)
         evaluate_checkpoint = evaluator.Evaluator(
             self._dataset, config, self._batch_size, devices, show_progress=True)
-      step = _read_global_step(checkpoint)
+      about = _describe_checkpoint(checkpoint)
       result = evaluate_checkpoint(checkpoint, use_averages, self._picture_indices,
                                    pictures.MAX_GRID_IMAGES)
-      return self._report(result, {'checkpoint': checkpoint, 'global_step': step,
+      return self._report(result, {**about, 'image_size': config.image_size,
                                    'uses_averages': result.uses_averages})
     return evaluate
 
@@ -187,15 +207,21 @@ class SplitEvaluation:
     reader = evaluator.ImageReader(self._dataset, self._batch_size, model.image_size)
     result = evaluator.run_pass(reader, predict, 1, self._picture_indices,
                                 pictures.MAX_GRID_IMAGES, show_progress=True)
+    evaluator.require_images(result, self._dataset)
     return self._report(result, {
         'graph': path, 'global_step': model.description.get('global_step', 0),
+        'image_size': model.image_size,
         'uses_averages': model.description.get('averaged_weights')})
 
   def _check_classes(self, path, class_names):
-    if self.class_names != class_names:
-      raise checkpoints.CheckpointError(
-          f'{path} was trained on the classes {", ".join(class_names)}, but '
-          f'{self._about["dataset_dir"]} has {", ".join(self.class_names)}')
+    for label, names in enumerate(itertools.zip_longest(class_names, self.class_names)):
+      if names[0] != names[1]:
+        trained, here = ('no class' if name is None else
+                         metrics.shorten(name, metrics.MAX_NAME_WIDTH) for name in names)
+        raise checkpoints.CheckpointError(
+            f'{path} was trained on {len(class_names)} classes and {self._about["dataset_dir"]} '
+            f'has {len(self.class_names)}; the first difference is {label}:{trained} there and '
+            f'{label}:{here} here')
 
   def _report(self, result, about):
     """Writes files and events.
@@ -212,8 +238,9 @@ class SplitEvaluation:
     if self._writer is None:
       undrawable = pictures.undrawable_names(self.class_names)
       if undrawable:
-        print(f'Warning: no installed font can draw {", ".join(undrawable)}; pictures show their '
-              'numbers. On Debian, apt install fonts-noto-cjk helps with most', file=sys.stderr)
+        print(f'Warning: no installed font can draw {len(undrawable)} class names, like '
+              f'{undrawable[0]}; pictures show their numbers. On Debian, apt install '
+              'fonts-noto-cjk helps with most', file=sys.stderr)
       os.makedirs(self._log_eval, exist_ok=True)
       self._writer = tf.summary.FileWriter(self._log_eval)
     bad_numbers = sorted(set(range(self._dataset.num_samples)).difference(result.positions))
@@ -227,9 +254,17 @@ class SplitEvaluation:
     return computed, about, file_names
 
 
-def _read_global_step(checkpoint):
-  """Returns the checkpoint's step, or raises a CheckpointError."""
+def _describe_checkpoint(checkpoint):
+  """Returns the entries of metrics.json that identify a checkpoint.
+
+  The index file holds a checksum of every variable, so its own checksum stands
+  for the content of the checkpoint, wherever that is copied or moved.
+
+  Raises:
+    checkpoints.CheckpointError: it cannot be read.
+  """
   try:
-    return checkpoints.global_step(checkpoint)
-  except (tf.errors.OpError, ValueError) as error:
+    return {'checkpoint': checkpoint, 'checkpoint_sha256': files.sha256(f'{checkpoint}.index'),
+            'global_step': checkpoints.global_step(checkpoint)}
+  except (tf.errors.OpError, OSError, ValueError) as error:
     raise checkpoints.CheckpointError(f'{checkpoint} cannot be read: {error}') from error

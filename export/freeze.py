@@ -25,6 +25,12 @@ from records import flowers
 import xception
 import xception_preprocessing
 
+# Entries of model.json that may differ between files that several runs wrote into one folder.
+ORIGIN_KEYS = ('image_size', 'depth_multiplier', 'checkpoint', 'global_step', 'averaged_weights',
+               'folded', 'precision', 'versions')
+
+SAVED_MODEL_FILE = 'saved_model.pb'  # in the folder of a SavedModel
+
 
 class FreezeError(Exception):
   """The files cannot be written to the requested place."""
@@ -45,6 +51,9 @@ def freeze(checkpoint, config, use_averages='auto'):
     predict: function of images as for `input` that returns the probabilities of
       the checkpoint itself.
     is_averaged: whether the weights are Polyak averages.
+
+  Raises:
+    checkpoints.CheckpointError: the checkpoint cannot be restored.
   """
   session = tf.Session(graph=tf.Graph(), config=towers.session_config(['/cpu:0']))
   with session.graph.as_default():
@@ -55,8 +64,13 @@ def freeze(checkpoint, config, use_averages='auto'):
           images, config.num_classes, is_training=False,
           depth_multiplier=config.depth_multiplier)
     output = tf.identity(end_points['Predictions'], name=models.OUTPUT_NODE)
-    saver, is_averaged = checkpoints.inference_saver(checkpoint, use_averages)
-    saver.restore(session, checkpoint)
+    try:
+      saver, is_averaged = checkpoints.inference_saver(checkpoint, use_averages)
+      saver.restore(session, checkpoint)
+    except (tf.errors.OpError, ValueError) as error:
+      # The reason comes before the name of the failing operation.
+      reason = str(error).split('[[{{node')[0].strip().splitlines()[-1]
+      raise checkpoints.CheckpointError(f'{checkpoint} cannot be restored: {reason}') from error
     graph_def = tf.graph_util.convert_variables_to_constants(
         session, session.graph.as_graph_def(), [models.OUTPUT_NODE])
   return graph_def, lambda batch: session.run(output, {images: batch}), is_averaged
@@ -66,8 +80,14 @@ def plan_files(format_names, output_file):
   """Returns {format: path} of the files to write; all are named after output_file.
 
   Raises:
-    FreezeError: the folder does not exist, or something else has a file's name.
+    FreezeError: output_file is not a .pb in an existing folder, or something else
+      has a file's name.
   """
+  if os.path.splitext(output_file)[1] != '.pb' or (
+      os.path.basename(output_file) == SAVED_MODEL_FILE):
+    raise FreezeError(
+        f'--output_file must be the name of a .pb file like frozen_model_xception.pb, got '
+        f'{output_file!r}; --formats adds other formats beside it')
   folder = os.path.dirname(output_file) or '.'
   if not os.path.isdir(folder):
     raise FreezeError(f'--output_file {output_file}: there is no folder {folder}')
@@ -78,18 +98,16 @@ def plan_files(format_names, output_file):
     if name != 'saved_model' and os.path.isdir(path):
       raise FreezeError(f'{path} is a folder: choose another --output_file')
     if name == 'saved_model' and os.path.exists(path) and not (
-        os.path.isfile(os.path.join(path, 'saved_model.pb'))):
+        os.path.isfile(os.path.join(path, SAVED_MODEL_FILE))):
       raise FreezeError(f'{path} exists and is not a SavedModel: choose another --output_file')
   return paths
 
 
 def check_labels(class_names, path):
-  """Raises a FreezeError if `path` is a labels.txt of other classes."""
-  if os.path.exists(path):
-    with open(path, encoding='utf-8') as f:
-      if f.read() != labels_text(class_names):
-        raise FreezeError(f'{path} names other classes than the checkpoint: '
-                          'choose an --output_file in another folder')
+  """Raises an error if `path` is a labels.txt of other classes, or something else."""
+  if os.path.lexists(path) and flowers.read_labels_file(path) != class_names:
+    raise FreezeError(f'{path} names other classes than the checkpoint: '
+                      'choose an --output_file in another folder')
 
 
 def labels_text(class_names):
@@ -107,52 +125,83 @@ def write_drafts(graph_def, class_names, paths, folder):
   return drafts
 
 
-def _describe_files(paths, comparisons):
-  """Returns the entries of model.json for files: format, bytes, SHA-256, comparison."""
+def _describe_origin(checkpoint, config, is_averaged, fold, precision, format_names):
+  """Returns what model.json says about the making of a file."""
+  packages = ['tensorflow', 'tf-slim', 'numpy'] + ['tf2onnx'] * ('onnx' in format_names)
+  return dict(zip(ORIGIN_KEYS, [
+      config.image_size, config.depth_multiplier, checkpoint, checkpoints.global_step(checkpoint),
+      is_averaged, fold, precision,
+      {'python': platform.python_version(),
+       **{name: importlib.metadata.version(name) for name in packages}}]))
+
+
+def _describe_files(paths, comparisons, origin):
+  """Returns the entries of model.json for files: format, SHA-256, comparison, origin."""
   described = []
   for name, path in paths.items():
     for file in models.files_below(path):
       described.append({
           'file': os.path.relpath(file, os.path.dirname(path)), 'format': name,
           'bytes': os.path.getsize(file), 'sha256': files.sha256(file),
-          **(comparisons[name]._asdict() if name in comparisons else {})})
+          **(comparisons[name]._asdict() if name in comparisons else {}), **origin})
   return described
 
 
-def find_metrics(checkpoint):
-  """Returns what eval_flowers.py found of this very checkpoint, or None."""
-  path = os.path.join(os.path.dirname(checkpoint), 'eval', 'metrics.json')
+def read_other_files(folder, paths):
+  """Returns the entries of an existing model.json for files that this run does not replace.
+
+  Args:
+    folder: folder of model.json.
+    paths: {format: path} of the files to write.
+
+  Returns:
+    List of the entries whose files still have the same content.
+
+  Raises:
+    FreezeError: model.json is not one of write_pb.py.
+  """
+  path = os.path.join(folder, models.MODEL_FILE)
+  replaced = {os.path.basename(path) for path in paths.values()}
   try:
     with open(path, encoding='utf-8') as f:
-      metrics = json.load(f)
-    same = os.path.basename(metrics['checkpoint']) == os.path.basename(checkpoint)
-  except (OSError, ValueError, KeyError, TypeError):
-    return None
-  return metrics if same else None
+      description = json.load(f)
+    # Entries of older versions lack their origin, which is that of the whole model.json.
+    origin = {key: description[key] for key in ORIGIN_KEYS if key in description}
+    return [{**origin, **entry} for entry in description['files']
+            if entry['file'].split(os.sep)[0] not in replaced
+            and _has_sha256(os.path.join(folder, entry['file']), entry['sha256'])]
+  except FileNotFoundError:
+    return []
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise FreezeError(f'{path} was not written by write_pb.py: '
+                      'choose an --output_file in another folder') from error
 
 
-def _describe_model(checkpoint, config, is_averaged, fold, precision, described_files):
-  """Returns the content of model.json."""
-  packages = ['tensorflow', 'tf-slim', 'numpy'] + ['tf2onnx'] * any(
-      file['format'] == 'onnx' for file in described_files)
-  return {
-      'image_size': config.image_size,
-      'input_range': [-1, 1],
-      'preprocessing': f'central {xception_preprocessing.CENTRAL_FRACTION} of each side, '
-                       'resize_bilinear of TensorFlow 1 (align_corners=False), '
-                       'RGB / 127.5 - 1',
-      'class_names': config.class_names,
-      'depth_multiplier': config.depth_multiplier,
-      'checkpoint': checkpoint,
-      'global_step': checkpoints.global_step(checkpoint),
-      'averaged_weights': is_averaged,
-      'folded': fold,
-      'precision': precision,
-      'versions': {'python': platform.python_version(),
-                   **{name: importlib.metadata.version(name) for name in packages}},
-      'files': described_files,
-      'metrics': find_metrics(checkpoint),
-  }
+def _has_sha256(path, sha256):
+  return os.path.isfile(path) and files.sha256(path) == sha256
+
+
+def find_metrics(checkpoint, is_averaged, image_size):
+  """Returns the metrics.json of eval_flowers.py for exactly these weights, or None.
+
+  Args:
+    checkpoint: path of the checkpoint, in a log folder or in its `best`.
+    is_averaged: whether the weights are Polyak averages.
+    image_size: height and width of the images in pixels.
+  """
+  folder = os.path.dirname(checkpoint)
+  identity = {'checkpoint_sha256': files.sha256(f'{checkpoint}.index'),
+              'uses_averages': is_averaged, 'image_size': image_size}
+  for path in (os.path.join(folder, 'eval', 'metrics.json'),
+               os.path.join(os.path.dirname(folder), 'eval', 'metrics.json')):
+    try:
+      with open(path, encoding='utf-8') as f:
+        metrics = json.load(f)
+      if identity.items() <= metrics.items():
+        return metrics
+    except (AttributeError, OSError, TypeError, ValueError):
+      continue
+  return None
 
 
 def _replace(source, target):
@@ -187,6 +236,7 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
     comparison.ComparisonError: a file's predictions differ from the checkpoint's.
   """
   folder = os.path.dirname(next(iter(paths.values()))) or '.'
+  other_files = read_other_files(folder, paths)
   graph_def, predict, is_averaged = freeze(checkpoint, config, use_averages)
   if fold:
     graph_def = folding.fold(graph_def, models.OUTPUT_NODE)
@@ -195,8 +245,17 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
   with tempfile.TemporaryDirectory(prefix='write_pb.', suffix='.tmp', dir=folder) as temporary:
     drafts = write_drafts(graph_def, config.class_names, paths, temporary)
     comparisons = comparison.verify(drafts, images, predict, precision) if images else {}
-    description = _describe_model(checkpoint, config, is_averaged, fold, precision,
-                                  _describe_files(drafts, comparisons))
+    origin = _describe_origin(checkpoint, config, is_averaged, fold, precision, paths)
+    description = {
+        'input_range': [-1, 1],
+        'preprocessing': f'central {xception_preprocessing.CENTRAL_FRACTION} of each side, '
+                         'resize_bilinear of TensorFlow 1 (align_corners=False), '
+                         'RGB / 127.5 - 1',
+        'class_names': config.class_names,
+        **origin,
+        'files': _describe_files(drafts, comparisons, origin) + other_files,
+        'metrics': find_metrics(checkpoint, is_averaged, config.image_size),
+    }
     with open(os.path.join(temporary, models.MODEL_FILE), 'w', encoding='utf-8') as f:
       json.dump(description, f, indent=2, ensure_ascii=False)
       f.write('\n')

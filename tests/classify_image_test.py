@@ -65,10 +65,24 @@ class ClassifyImageTest(tf.test.TestCase):
     self.assertEqual(find(''), ['[1].jpg', 'a.PNG', 'b.jpg', 'sub/c.webp'])
     self.assertEqual(find('notes.txt', '-', 'b.jpg'), ['notes.txt', '-', 'b.jpg'])
     self.assertEqual(find('*.txt', '**/*.webp'), ['notes.txt', 'sub/c.webp'])
+    self.assertEqual(find('s*', '[a-z]*/**'), ['sub/c.webp', 'sub/c.webp'])
     self.assertEqual(find('[1].jpg'), ['[1].jpg'])  # a file's name comes before a pattern
     self.assertEqual(find('none.jpg', '*.gif'), ['none.jpg', '*.gif'])
     (self.dir / 'empty').mkdir()
     self.assertEqual(find('empty'), ['empty'])
+
+  def test_folders_are_searched_through_links(self):
+    outside = self.dir / 'outside'
+    folder = self.dir / 'folder'
+    for path in (outside / 'a.jfif', outside / 'b.AVIF', folder / 'c.jpe'):
+      path.parent.mkdir(exist_ok=True)
+      path.write_bytes(b'')
+    (folder / 'link').symlink_to(outside)
+    (outside / 'cycle').symlink_to(folder)
+    (folder / 'broken.jpg').symlink_to('nowhere')
+    self.assertEqual(
+        [os.path.relpath(file, folder) for file in classify_image.find_files([str(folder)])],
+        ['broken.jpg', 'c.jpe', 'link/a.jfif', 'link/b.AVIF'])
 
   def test_results_equal_those_of_evaluation(self):
     expected, labels = small_model.validation_images()
@@ -175,6 +189,20 @@ class ClassifyImageTest(tf.test.TestCase):
     result = self.run_script('--top_k', '1', '.')
     self.assertEqual(result.stdout.decode(),
                      f'./a, b.jpg: {first[3]} {float(first[4]):.4f}\n')
+
+  def test_output_without_unicode(self):
+    folder = self.dir / 'model'
+    shutil.copytree(self.model_dir, folder)
+    (folder / 'labels.txt').write_text(
+        '0:向日葵\n1:向日葵1\n2:向日葵2\n3:向日葵3\n4:向日葵4\n', 'utf-8')
+    (folder / 'model.json').unlink(missing_ok=True)
+    name = os.fsdecode(b'caf\xe9.jpg')
+    (self.dir / name).write_bytes(drawn_flowers(1)[0])
+    for encoding in ('ascii', 'cp1252'):
+      result = self.run_script('--graph', str(folder / 'model.pb'), name, '--top_k', '1',
+                               env={**os.environ, 'PYTHONIOENCODING': encoding})
+      self.assertEqual(result.returncode, 0, result.stderr)
+      self.assertRegex(result.stdout, rb'^caf\xe9.jpg: \\u5411\\u65e5\\u8475\d? [01]')
 
   def test_mistakes(self):
     result = self.run_script('--graph', 'none.pb', 'a.jpg')

@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import dataclasses
+import glob
 import io
 import json
 import os
@@ -21,6 +23,7 @@ from evaluation import metrics
 from evaluation import report
 from export import models
 import pipeline_test
+import scripts
 from scripts import DATASET_DIR
 import small_model
 import write_pb
@@ -155,6 +158,50 @@ class OnceTest(EvalTestCase):
       evaluate('--watch', '--checkpoint_path', 'log')
 
 
+  def test_output_without_unicode(self):
+    dataset_dir = os.path.join(self.dir, 'dataset')
+    os.mkdir(dataset_dir)
+    names = ['向日葵', *small_model.CLASS_NAMES[1:]]
+    with open(os.path.join(dataset_dir, 'labels.txt'), 'w', encoding='utf-8') as f:
+      f.writelines(f'{label}:{name}\n' for label, name in enumerate(names))
+    for path in glob.glob(os.path.join(DATASET_DIR, 'flowers_validation_*')):
+      os.symlink(path, os.path.join(dataset_dir, os.path.basename(path)))
+    checkpoint = small_model.write_checkpoint(self.log_dir)
+    checkpoints.save_config(
+        dataclasses.replace(small_model.CONFIG, class_names=names), self.log_dir)
+    environment = {**os.environ, 'PYTHONIOENCODING': 'ascii', 'CUDA_VISIBLE_DEVICES': '-1'}
+    process = scripts.start('eval_flowers.py', '--dataset_dir', dataset_dir, '--checkpoint_path',
+                            checkpoint, '--log_dir', self.log_dir, env=environment)
+    output, _ = process.communicate(timeout=300)
+    self.assertEqual(process.returncode, 0, output)
+    self.assertIn('\n\\u5411\\u65e5\\u8475 ', output)
+
+  def test_files_that_are_not_checkpoints(self):
+    checkpoints.save_config(small_model.CONFIG, self.log_dir)
+    for name, content in [('weights.h5', b'\x89HDF\r\n\x1a\n' + bytes(99)), ('notes.txt', b'text')]:
+      path = os.path.join(self.log_dir, name)
+      with open(path, 'wb') as f:
+        f.write(content)
+      with self.assertRaisesRegex(checkpoints.CheckpointError, path):
+        evaluate('--log_dir', self.log_dir, '--checkpoint_path', path)
+    with self.assertRaisesRegex(checkpoints.CheckpointError, f'No checkpoint in {self.log_dir}'):
+      evaluate('--log_dir', self.log_dir)
+
+  def test_results_that_cannot_be_written(self):
+    checkpoint = small_model.write_checkpoint(self.log_dir, 1, is_fitted=False)
+    file = f'{checkpoint}.index'
+    link = os.path.join(self.dir, 'link')
+    os.symlink('nowhere', link)
+    for folder, message in [(file, f'{file} is not a folder'),
+                            (f'{file}/eval', f'{file} is not a folder'),
+                            (link, f'{link} is not a folder')]:
+      with self.assertRaisesRegex(OSError, f'Cannot write results into {folder}: {message}'):
+        evaluate('--log_dir', self.log_dir, '--log_eval', folder)
+    with mock.patch.object(os, 'access', return_value=False):  # root may write anywhere
+      with self.assertRaisesRegex(PermissionError, f'new/eval: {self.dir} is read-only'):
+        evaluate('--log_dir', self.log_dir, '--log_eval', os.path.join(self.dir, 'new', 'eval'))
+
+
 class GraphTest(EvalTestCase):
 
   def test_frozen_models_score_as_the_checkpoint_does(self):
@@ -168,6 +215,9 @@ class GraphTest(EvalTestCase):
       write_pb.main(write_pb.parse_args([
           '--log_dir', self.log_dir, '--output_file', pb, '--noverify', '--formats',
           'pb,saved_model,tflite,tflite_float16,jpeg_pb']))
+    with open(os.path.join(self.dir, 'model.json'), encoding='utf-8') as f:
+      self.assertEqual(json.load(f)['metrics'], expected)
+    self.assertEqual(expected['image_size'], 71)
     for name in ('model.pb', 'model_saved_model/', 'model.tflite', 'model_float16.tflite'):
       path = os.path.join(self.dir, name)
       output = self.evaluate_graph(path)
@@ -181,10 +231,29 @@ class GraphTest(EvalTestCase):
     with self.assertRaisesRegex(models.ModelError, 'model_jpeg.pb decodes its images itself'):
       self.evaluate_graph(os.path.join(self.dir, 'model_jpeg.pb'))
     with open(os.path.join(self.dir, 'labels.txt'), 'w') as f:
-      f.writelines(f'{i}:{name}\n' for i, name in enumerate('abcde'))
-    with self.assertRaisesRegex(checkpoints.CheckpointError,
-                                'model.pb was trained on the classes a, b, c, d, e, but'):
+      f.write('0:daisy\n1:b\n2:c\n3:d\n4:e\n')
+    with self.assertRaisesRegex(
+        checkpoints.CheckpointError, 'model.pb was trained on 5 classes and .* has 5; the first '
+        'difference is 1:b there and 1:dandelion here'):
       self.evaluate_graph(pb)
+
+  def test_another_image_size(self):
+    self.without_pictures()
+    small_model.write_checkpoint(self.log_dir)
+    evaluate('--log_dir', self.log_dir, '--eval_image_size', '80')
+    expected = self.read_metrics()
+    self.assertEqual(expected['image_size'], 80)
+    pb = os.path.join(self.dir, 'model.pb')
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+      write_pb.main(write_pb.parse_args(['--log_dir', self.log_dir, '--output_file', pb,
+                                         '--noverify', '--image_size', '80']))
+    self.assertIn('float32 [None, 80, 80, 3]', output.getvalue())
+    with open(os.path.join(self.dir, 'model.json'), encoding='utf-8') as f:
+      self.assertEqual(json.load(f)['metrics'], expected)
+    self.evaluate_graph(pb)
+    found = self.read_metrics(pb + '.eval')
+    self.assertEqual((found['image_size'], found['confusion_matrix']),
+                     (80, expected['confusion_matrix']))
 
   def evaluate_graph(self, path):
     output = io.StringIO()
@@ -204,7 +273,7 @@ class GraphTest(EvalTestCase):
 
   def test_options_that_exclude_each_other(self):
     for option in (['--use_averages', 'no'], ['--num_clones', '2'], ['--eval_on_cpu'], ['--watch'],
-                   ['--checkpoint_path', 'log']):
+                   ['--checkpoint_path', 'log'], ['--image_size', '128']):
       with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
         eval_flowers.parse_args(['--graph', 'model.pb', *option])
 

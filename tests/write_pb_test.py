@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 
 from common import checkpoints
+from common import files
 from export import comparison
 from export import folding
 from export import formats
@@ -148,15 +149,74 @@ class WritePbTest(tf.test.TestCase):
     with self.assertRaisesRegex(checkpoints.CheckpointError, 'has no averages'):
       self.write('--use_averages', 'yes')
 
-  def test_metrics_of_the_same_checkpoint(self):
-    os.mkdir(os.path.join(self.log_dir, 'eval'))
-    self.addCleanup(shutil.rmtree, os.path.join(self.log_dir, 'eval'))
-    for checkpoint, is_same in [(self.checkpoint, True), (self.checkpoint + '0', False)]:
-      metrics = {'accuracy': 0.5, 'checkpoint': checkpoint}
-      with open(os.path.join(self.log_dir, 'eval', 'metrics.json'), 'w') as f:
-        json.dump(metrics, f)
+  def test_metrics_of_the_same_weights_only(self):
+    folder = os.path.join(self.log_dir, 'eval')
+    os.mkdir(folder)
+    self.addCleanup(shutil.rmtree, folder)
+    best = os.path.join(self.log_dir, 'best')
+    shutil.copytree(self.log_dir, best)
+    self.addCleanup(shutil.rmtree, best)
+    other = os.path.join(self.dir, 'other')
+    os.mkdir(other)
+    small_model.write_checkpoint(other, is_fitted=False)  # with the same name and step
+    metrics = {'accuracy': 0.5, 'checkpoint_sha256': files.sha256(f'{self.checkpoint}.index'),
+               'uses_averages': False, 'image_size': 71}
+    for log_dir, written, expected in [
+        (self.log_dir, metrics, metrics), (best, metrics, metrics),
+        (other, metrics, None), (self.log_dir, {**metrics, 'uses_averages': True}, None),
+        (self.log_dir, {**metrics, 'image_size': 128}, None), (self.log_dir, [], None)]:
+      with open(os.path.join(folder, 'metrics.json'), 'w') as f:
+        json.dump(written, f)
+      if log_dir == other:
+        shutil.copytree(folder, os.path.join(other, 'eval'))
+      self.write('--noverify', log_dir=log_dir)
+      self.assertEqual(self.model_file()['metrics'], expected)
+
+  def test_every_file_keeps_its_own_description(self):
+    self.write('--noverify', '--formats', 'jpeg_pb')
+    with tempfile.TemporaryDirectory() as log_dir:
+      checkpoint = small_model.write_checkpoint(log_dir, 8)
+      self.write('--noverify', log_dir=log_dir)
+    described = self.model_file()
+    self.assertEqual((described['checkpoint'], described['global_step']), (checkpoint, 8))
+    self.assertEqual([(file['file'], file['checkpoint'], file['global_step'])
+                      for file in described['files']],
+                     [('model.pb', checkpoint, 8), ('model_jpeg.pb', self.checkpoint, 7)])
+    with open(os.path.join(self.dir, 'model_jpeg.pb'), 'ab') as f:
+      f.write(b'changed')
+    self.write('--noverify')
+    self.assertEqual([(file['file'], file['global_step']) for file in self.model_file()['files']],
+                     [('model.pb', 7)])
+
+  def test_model_json_of_another_program_is_not_replaced(self):
+    content = '{"class_name": "Functional", "config": {}}'
+    with open(os.path.join(self.dir, 'model.json'), 'w') as f:
+      f.write(content)
+    with self.assertRaisesRegex(freeze.FreezeError, 'model.json was not written by write_pb.py'):
       self.write('--noverify')
-      self.assertEqual(self.model_file()['metrics'], metrics if is_same else None)
+    with open(os.path.join(self.dir, 'model.json')) as f:
+      self.assertEqual(f.read(), content)
+
+  def test_files_that_are_not_checkpoints(self):
+    folder = os.path.join(self.dir, 'log')
+    os.mkdir(folder)
+    checkpoints.save_config(small_model.CONFIG, folder)
+    for name, content in [('weights.h5', b'\x89HDF\r\n\x1a\n' + bytes(99)), ('notes.txt', b'text')]:
+      path = os.path.join(folder, name)
+      with open(path, 'wb') as f:
+        f.write(content)
+      with self.assertRaisesRegex(checkpoints.CheckpointError, path):
+        self.write('--checkpoint_path', path)
+    with self.assertRaisesRegex(checkpoints.CheckpointError, f'No checkpoint in {folder}'):
+      self.write('--checkpoint_path', folder)
+
+  def test_damaged_checkpoint(self):
+    with tempfile.TemporaryDirectory() as log_dir:
+      checkpoint = small_model.write_checkpoint(log_dir)
+      with open(f'{checkpoint}.index', 'wb') as f:
+        f.write(b'damaged')
+      with self.assertRaisesRegex(checkpoints.CheckpointError, 'ckpt-7 cannot be restored'):
+        self.write(log_dir=log_dir)
 
   def test_without_a_dataset(self):
     folder = os.getcwd()
@@ -208,6 +268,9 @@ class WritePbTest(tf.test.TestCase):
     self.assertCountEqual(os.listdir(self.dir), ['labels.txt'])
     with self.assertRaisesRegex(freeze.FreezeError, 'none/x.pb: there is no folder none'):
       self.write('--output_file', 'none/x.pb')
+    for name in ('model.tflite', 'labels.txt', '', f'{self.dir}/', 'model', 'saved_model.pb'):
+      with self.assertRaisesRegex(freeze.FreezeError, f"must be .* a .pb file .* got '{name}'"):
+        self.write('--output_file', name)
     with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as errors:
       self.write('--formats', 'pb,caffe')
     self.assertIn('must be among pb,saved_model,', errors.getvalue())

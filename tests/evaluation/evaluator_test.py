@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import types
 
 import numpy as np
 import tensorflow.compat.v1 as tf
@@ -15,6 +16,33 @@ from scripts import DATASET_DIR
 import small_model
 
 NUM_IMAGES = 100
+
+
+class RunPassTest(tf.test.TestCase):
+
+  def test_reader_is_closed_when_the_network_fails(self):
+    closed = []
+
+    class Reader:
+      num_images = 2
+      dataset = types.SimpleNamespace(num_classes=5)
+
+      def __iter__(self):
+        try:
+          yield np.zeros([2, 8, 8, 3]), np.zeros(2, int), np.arange(2)
+        finally:
+          closed.append(True)
+
+    def fail(batches):
+      raise RuntimeError('no memory')
+
+    try:
+      evaluator.run_pass(Reader(), fail)
+    except RuntimeError as error:
+      # Inside this block the traceback still refers to the iterator.
+      self.assertEqual((str(error), closed), ('no memory', [True]))
+    else:
+      self.fail('No exception')
 
 
 class EvaluatorTest(tf.test.TestCase):
@@ -90,6 +118,20 @@ class EvaluatorTest(tf.test.TestCase):
     self.assertCountEqual(result.images, {3, 99, *worst})
     for index, image in result.images.items():
       self.assertAllEqual(image, images[index])
+
+  def test_split_without_a_good_image(self):
+    with tempfile.TemporaryDirectory() as folder:
+      shutil.copy(os.path.join(DATASET_DIR, 'labels.txt'), folder)
+      path = os.path.join(folder, flowers.shard_name('validation', 0, 1))
+      with tf.python_io.TFRecordWriter(path) as writer:
+        for _ in range(3):
+          writer.write(flowers.make_example(b'text', 'jpg', 0, 9, 9).SerializeToString())
+      evaluate = evaluator.Evaluator(flowers.get_split('validation', folder), small_model.CONFIG, 2,
+                                     ['/cpu:0'])
+      self.addCleanup(evaluate.close)
+      with self.assertRaisesRegex(flowers.DatasetError,
+                                  f'None of the 3 records can be evaluated: {path}, record 0: '):
+        evaluate(self.first)
 
   def test_checkpoint_that_is_gone(self):
     with self.assertRaisesRegex(checkpoints.CheckpointError, 'model.ckpt-9 cannot be restored'):

@@ -79,6 +79,19 @@ class MetricsTest(tf.test.TestCase):
     self.assertAllEqual(values['confusion_matrix'], found.confusion_matrix)
     self.assertEqual(values['top_5_accuracy'], found.top_5_accuracy)
 
+  def test_json_of_many_classes_leaves_zeros_out(self):
+    labels, probabilities = np.array([0, 0, 0, 2999]), np.eye(3000)[[0, 0, 7, 2999]]
+    text = json.dumps(metrics.to_dict(metrics.compute(labels, probabilities, np.zeros(4)),
+                                      [f'class_{i}' for i in range(3000)]))
+    matrix = json.loads(text)['confusion_matrix']
+    self.assertLen(matrix, 3000)
+    self.assertEqual([matrix[0], matrix[1], matrix[2999]], [{'0': 2, '7': 1}, {}, {'2999': 1}])
+    self.assertLess(len(text), 400_000)
+
+  def test_text_width(self):
+    for text, width in [('向日葵', 6), ('می\u200cخواهم', 7), ('गुलाब', 4), ('e\u0301', 1)]:
+      self.assertEqual(metrics.text_width(text), width, text)
+
   def test_shorten(self):
     self.assertEqual(metrics.shorten('daisy', 5), 'daisy')
     self.assertEqual(metrics.shorten('beetle_larva_02', 9), 'beet…a_02')

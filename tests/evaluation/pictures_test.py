@@ -133,6 +133,11 @@ class NamesTest(tf.test.TestCase):
     self.assertEqual(pictures.undrawable_names(names), [])
     self.assertContainsSubset(names, self.names_drawn(names))
 
+  def test_invisible_characters(self):
+    names = ['می\u200cخواهم', '\u2067rose\u2069']
+    self.assertEqual(pictures.undrawable_names(names), [])
+    self.assertContainsSubset([names[0], 'rose'], self.names_drawn(names))
+
   def test_long_names_keep_their_ends(self):
     texts = self.names_drawn(['beetle_' * 10 + 'larva_1', 'beetle_' * 10 + 'larva_2'])
     self.assertContainsSubset(['beetle_bee…le_larva_1', 'beetle_bee…le_larva_2'], texts)
