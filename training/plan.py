@@ -77,7 +77,7 @@ def make_plan(args, dataset, validation, devices, log_dir, workers):
   Raises:
     checkpoints.CheckpointError: the log folder holds another model.
   """
-  checkpoint = tf.train.latest_checkpoint(log_dir)
+  checkpoint = checkpoints.find_newest(log_dir)
   config = log_folder.load_or_create_config(dataset, log_dir, checkpoint, args.image_size,
                                             args.depth_multiplier, args.seed)
   seed, start_step, first_image = workers.all_gather([
