@@ -43,7 +43,8 @@ def build_graph(plan, args, recipe, workers):
   tf.set_random_seed(plan.config.seed)
   global_step = tf.train.get_or_create_global_step()
   learning_rate = optimization.build_learning_rate(
-      recipe, global_step, plan.steps_per_epoch, args.batch_size, plan.max_steps)
+      recipe, training_step.get_or_create_next_image(), plan.dataset.num_samples, args.batch_size,
+      plan.total_images)
   optimizer = optimization.build_optimizer(recipe, learning_rate)
   if args.precision == 'float16':
     optimizer = precision.scale_loss(optimizer)
@@ -103,8 +104,8 @@ def build_hooks(plan, args, train_step, scaffold, workers):
           train_step.global_step, train_step.positions, plan.dataset, plan.config.seed,
           plan.first_image, args.batch_size, workers, args.max_bad_fraction, writer),
       'progress': training_hooks.ProgressHook(
-          train_step.global_step, train_step.loss, train_step.accuracy, args.batch_size,
-          workers.size * len(plan.devices), plan.dataset.num_samples, plan.max_steps,
+          train_step.global_step, training_step.get_or_create_next_image(), train_step.loss,
+          train_step.accuracy, args.batch_size, workers.size * len(plan.devices), plan,
           args.log_every_n_steps, writer),
   }
   if workers.is_chief:

@@ -147,13 +147,21 @@ def _add_regularization(gradients):
           for (gradient, variable), decay in zip(gradients, decays)], regularization
 
 
+def get_or_create_next_image():
+  """Returns the variable of the position after the last image seen, int64 [].
+
+  It is saved with the weights, so that a resumed run continues there.
+  """
+  with tf.variable_scope('', reuse=tf.AUTO_REUSE):
+    return tf.get_variable(checkpoints.NEXT_IMAGE, [], tf.int64, tf.zeros_initializer(),
+                           trainable=False)
+
+
 def _build_update(optimizer, gradients, global_step, next_image, moving_average_decay):
   """Returns the op that updates weights, averages, step and position in the data."""
-  # Saved with the weights: the image that a resumed run continues with.
-  next_image_variable = tf.get_variable(checkpoints.NEXT_IMAGE, [], tf.int64,
-                                        tf.zeros_initializer(), trainable=False)
-  train_op = tf.group(next_image_variable.assign(next_image),
-                      optimizer.apply_gradients(gradients, global_step))
+  # The position comes last, because the learning rate of this step depends on it.
+  with tf.control_dependencies([optimizer.apply_gradients(gradients, global_step)]):
+    train_op = get_or_create_next_image().assign(next_image)
   if moving_average_decay:
     averages = tf.train.ExponentialMovingAverage(moving_average_decay, global_step)
     with tf.control_dependencies([train_op]):

@@ -60,6 +60,27 @@ class RunTestCase(tf.test.TestCase):
             for path in checkpoints.list_checkpoints(log_dir or self.log_dir)]
 
 
+class ResumeTest(RunTestCase):
+
+  def test_another_batch_size_sees_the_same_images(self):
+    # 24 of 400 images: 6 steps of 4, or 4 and then 8 images in one step.
+    options = ['--num_epochs', '0.06', '--learning_rate_decay_type', 'polynomial']
+    whole = self.train(*options, log_dir=os.path.join(self.dir, 'whole'))
+    self.assertIn('global step 6/6: ', whole)
+    self.assertIn('epoch 0.06, 00:00:00 left', whole)
+    self.train(*options, '--max_number_of_steps', '4')
+    output = self.train(*options, '--batch_size', '8')
+    self.assertIn('Steps 4 to 5', output)
+    self.assertRegex(output, 'global step 5/5: .*epoch 0.06, 00:00:00 left')
+    self.assertEqual(checkpoints.next_image(checkpoints.find(self.log_dir)), 24)
+    self.assertIn('already trained to step 5', self.train(*options))
+    rates = {event.step: value.simple_value
+             for path in glob.glob(os.path.join(self.log_dir, 'events.*'))
+             for event in tf.train.summary_iterator(path) for value in event.summary.value
+             if value.tag == 'learning_rate'}
+    self.assertAllClose(rates[5], 0.002 + (0.00001 - 0.002) * 16 / 24)
+
+
 class LogFolderTest(RunTestCase):
 
   def test_a_copy_resumes_from_its_own_checkpoint(self):
