@@ -43,7 +43,8 @@ def build_graph(plan, args, recipe, workers):
   tf.set_random_seed(plan.config.seed)
   global_step = tf.train.get_or_create_global_step()
   learning_rate = optimization.build_learning_rate(
-      recipe, global_step, plan.steps_per_epoch, args.batch_size, plan.max_steps)
+      recipe, training_step.get_or_create_next_image(), plan.dataset.num_samples, args.batch_size,
+      plan.total_images)
   optimizer = optimization.build_optimizer(recipe, learning_rate)
   if args.precision == 'float16':
     optimizer = precision.scale_loss(optimizer)
@@ -103,8 +104,8 @@ def build_hooks(plan, args, train_step, scaffold, workers):
           train_step.global_step, train_step.positions, plan.dataset, plan.config.seed,
           plan.first_image, args.batch_size, workers, args.max_bad_fraction, writer),
       'progress': training_hooks.ProgressHook(
-          train_step.global_step, train_step.loss, train_step.accuracy, args.batch_size,
-          workers.size * len(plan.devices), plan.dataset.num_samples, plan.max_steps,
+          train_step.global_step, training_step.get_or_create_next_image(), train_step.loss,
+          train_step.accuracy, args.batch_size, workers.size * len(plan.devices), plan,
           args.log_every_n_steps, writer),
   }
   if workers.is_chief:
@@ -173,12 +174,12 @@ def train(plan, args, recipe, session_config, workers):
                        for v in fine_tuning.trainable_variables(args.trainable_scopes))
   print(f'{num_parameters:,} trainable parameters', flush=True)
   workers.require_same(training_plan.settings_to_share(plan, args, recipe))
-  scaffold = tf.train.Scaffold(saver=tf.train.Saver(max_to_keep=args.max_to_keep),
+  scaffold = tf.train.Scaffold(saver=log_folder.make_saver(plan.log_dir, args.max_to_keep),
                                init_fn=restore_weights(plan, args, workers))
   hooks = build_hooks(plan, args, train_step, scaffold, workers)
   reached, stopped_by = training_step.run_training(
-      train_step, [*workers.hooks(args.check_weights_steps), *hooks.values()], plan.log_dir,
-      session_config, plan.start_step, plan.max_steps, scaffold, workers)
+      train_step, [*workers.hooks(args.check_weights_steps), *hooks.values()], plan,
+      session_config, scaffold, workers)
 
   print(f'Saved step {reached} in {plan.log_dir}' if workers.is_chief else
         f'Stopped at step {reached}, which worker 0 saves')
@@ -199,8 +200,8 @@ if __name__ == '__main__':
   try:
     main(options.parse_train_args(__doc__.split('\n')[0]))
   except (flowers.DatasetError, towers.DeviceError, checkpoints.CheckpointError,
-          log_folder.LockedError, cluster.ClusterError, training_plan.PlanError,
-          training_step.TrainingError) as error:
+          log_folder.LogFolderError, cluster.ClusterError, training_plan.PlanError,
+          training_step.TrainingError, OSError) as error:
     sys.exit(f'train_flowers.py: {error}')
   except KeyboardInterrupt:
     sys.exit('train_flowers.py: interrupted before the first step; nothing was trained')

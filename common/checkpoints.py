@@ -4,9 +4,12 @@ train_flowers.py writes `model_config.json`; eval_flowers.py and write_pb.py rea
 it, so that their command lines need not repeat it.
 """
 
+import collections
 import dataclasses
 import json
 import os
+import re
+import sys
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
 
@@ -17,6 +20,8 @@ from common import files
 
 CONFIG_FILE = 'model_config.json'
 NEXT_IMAGE = 'next_image'  # variable: the position that a resumed run continues from
+GLOB_CHARACTERS = '*?[\\'  # TensorFlow expands them when it restores
+FILE_SUFFIX = re.compile(r'\.(index|meta|data-\d{5}-of-(\d{5}))$')
 
 
 class CheckpointError(Exception):
@@ -58,18 +63,100 @@ def find(log_dir, checkpoint_path=None):
     CheckpointError: there is none.
   """
   path = checkpoint_path or log_dir
+  check_path(path)
+  if os.path.basename(path) == 'checkpoint' and not os.path.isdir(path):
+    path = os.path.dirname(path) or '.'
   if os.path.isdir(path):
-    checkpoint = tf.train.latest_checkpoint(path)
-    if checkpoint and tf.train.checkpoint_exists(checkpoint):
+    if checkpoint := find_newest(path):
       return checkpoint
-  elif tf.train.checkpoint_exists(path):
-    return path
+  else:
+    prefix = FILE_SUFFIX.sub('', path.rstrip('/'))
+    if prefix.endswith(('.h5', '.keras')) and os.path.exists(prefix):
+      raise CheckpointError(f'{path} is a Keras file: convert it with convert_keras_weights.py')
+    folder, name = os.path.split(prefix)
+    if name in _complete_names(folder or '.') or os.path.isfile(prefix):  # a file of version 1
+      return prefix
   raise CheckpointError(f'No checkpoint in {path}: run train_flowers.py first')
 
 
+def check_path(path):
+  """Raises a CheckpointError if TensorFlow cannot write checkpoints to a path and read them."""
+  reason = None
+  if '://' in path:
+    reason = 'is a URL: use a folder of this machine'
+  elif found := sorted(set(path).intersection(GLOB_CHARACTERS)):
+    reason = f'contains {" ".join(found)}, which TensorFlow reads as a pattern: rename the folder'
+  elif path.encode(errors='ignore').decode() != path:
+    reason = 'is not UTF-8: rename the folder'
+  if reason:
+    raise CheckpointError(f'{path!r} {reason}')
+
+
+def list_checkpoints(folder):
+  """Returns the complete checkpoints in a folder, oldest first.
+
+  Their order is that of the file `checkpoint`; where it is missing or names a newest
+  checkpoint that is not complete, it is that of their steps. Only the names in that file
+  count, so a folder can be moved.
+  """
+  complete = _complete_names(folder)
+  ordered = _read_state(folder)
+  if not ordered or ordered[-1] not in complete:
+    def step_and_time(name):
+      step = re.search(r'-(\d+)$', name)
+      return int(step.group(1)) if step else -1, os.path.getmtime(f'{folder}/{name}.index')
+    ordered = sorted(complete, key=step_and_time)
+  return [os.path.join(folder, name) for name in ordered if name in complete]
+
+
+def find_newest(folder):
+  """Returns the newest checkpoint of a folder, or None if it holds no file of one.
+
+  Raises:
+    CheckpointError: it holds files of checkpoints, but no complete checkpoint.
+  """
+  found = list_checkpoints(folder)
+  named = _read_state(folder)
+  if found and named and os.path.basename(found[-1]) != named[-1]:
+    print(f'Warning: {named[-1]}, the newest checkpoint of {folder}, is incomplete: '
+          f'using {found[-1]}', file=sys.stderr)
+  parts = sorted(name for name in _list_folder(folder)
+                 if name == 'checkpoint' or re.search(r'\.(index|data-\d{5}-of-\d{5})$', name))
+  if parts and not found:
+    raise CheckpointError(
+        f'{folder} holds parts of checkpoints ({", ".join(parts[:3])}), but no complete one, '
+        'which is an .index with all its .data files. Copy the missing files back, or move these '
+        'away to start again')
+  return found[-1] if found else None
+
+
+def open_checkpoint(checkpoint):
+  """Returns a reader of a checkpoint.
+
+  Raises:
+    CheckpointError: it is damaged, or is not a checkpoint.
+  """
+  try:
+    return tf.train.load_checkpoint(checkpoint)
+  except (tf.errors.OpError, ValueError, RuntimeError) as error:
+    raise CheckpointError(f'{checkpoint} cannot be read: {error}') from error
+
+
+def _read_number(checkpoint, name):
+  """Returns a whole number stored in a checkpoint.
+
+  Raises:
+    CheckpointError: it is damaged, or lacks the number.
+  """
+  try:
+    return int(open_checkpoint(checkpoint).get_tensor(name))
+  except (tf.errors.OpError, ValueError, RuntimeError) as error:
+    raise CheckpointError(f'{checkpoint} cannot be read: {error}') from error
+
+
 def global_step(checkpoint):
-  """Returns the training step that the checkpoint was written at."""
-  return int(tf.train.load_checkpoint(checkpoint).get_tensor('global_step'))
+  """Returns the training step at which the checkpoint was written."""
+  return _read_number(checkpoint, 'global_step')
 
 
 def next_image(checkpoint):
@@ -78,11 +165,10 @@ def next_image(checkpoint):
   Raises:
     CheckpointError: training did not write it.
   """
-  reader = tf.train.load_checkpoint(checkpoint)
-  if not reader.has_tensor(NEXT_IMAGE):
+  if not open_checkpoint(checkpoint).has_tensor(NEXT_IMAGE):
     raise CheckpointError(f'{checkpoint} was not written by train_flowers.py, which cannot '
                           'resume from it: choose another --log_dir')
-  return int(reader.get_tensor(NEXT_IMAGE))
+  return _read_number(checkpoint, NEXT_IMAGE)
 
 
 def stored_names(checkpoint, names, use_averages='auto'):
@@ -100,7 +186,7 @@ def stored_names(checkpoint, names, use_averages='auto'):
   Raises:
     CheckpointError: 'yes', and the checkpoint has no averages.
   """
-  stored = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
+  stored = open_checkpoint(checkpoint).get_variable_to_shape_map()
   # As tf.train.ExponentialMovingAverage calls them.
   averages = {name: f'{name}/ExponentialMovingAverage' for name in names}
   has_averages = all(average in stored for average in averages.values())
@@ -137,7 +223,7 @@ def check_same_variables(checkpoint):
     CheckpointError: one has variables that the other lacks, such as another
       optimizer's.
   """
-  stored = set(tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map())
+  stored = set(open_checkpoint(checkpoint).get_variable_to_shape_map())
   here = {variable.op.name for variable in tf.global_variables()}
   if stored != here:
     lacking = sorted(here - stored) or sorted(stored - here)
@@ -181,3 +267,34 @@ def check_same_model(asked, found, log_dir):
     raise CheckpointError(
         f'{log_dir} holds checkpoints of another model: {"; ".join(differences)}. '
         'Choose another --log_dir, or use the same options')
+
+
+def _list_folder(folder):
+  return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+def _complete_names(folder):
+  """Returns the names of the checkpoints in a folder that have an index and all their data."""
+  names = _list_folder(folder)
+  num_found, num_shards = collections.Counter(), {}
+  for name in names:
+    suffix = FILE_SUFFIX.search(name)
+    if suffix and suffix.group(2):
+      prefix = name[:suffix.start()]
+      num_found[prefix] += 1
+      num_shards[prefix] = int(suffix.group(2))
+  return {prefix for prefix, count in num_found.items()
+          if count >= num_shards[prefix] and f'{prefix}.index' in names}
+
+
+def _read_state(folder):
+  """Returns the names of the checkpoints in the file `checkpoint`, the newest last."""
+  try:
+    state = tf.train.get_checkpoint_state(folder)
+  except ValueError:  # an empty file, or not a text
+    state = None
+  if not state:
+    return []
+  newest = state.model_checkpoint_path
+  return [os.path.basename(path) for path in
+          [*(path for path in state.all_model_checkpoint_paths if path != newest), newest]]

@@ -9,6 +9,7 @@ import tqdm
 from common import checkpoints
 from common import files
 from evaluation import metrics
+from training import log_folder
 
 BEST_DIR = 'best'  # in the log folder
 EVAL_DIR = 'eval'  # in the log folder, where eval_flowers.py writes too
@@ -54,10 +55,7 @@ class EvaluationHook(tf.train.SessionRunHook):
     self._best = best
 
   def begin(self):
-    self._best_saver = tf.train.Saver(max_to_keep=1)
-    state = tf.train.get_checkpoint_state(self._best_dir)
-    if state:  # lets the saver delete it once a better one is saved
-      self._best_saver.recover_last_checkpoints(state.all_model_checkpoint_paths)
+    self._best_saver = log_folder.make_saver(self._best_dir, max_to_keep=1)
     self._writer = tf.summary.FileWriter(os.path.join(self._log_dir, EVAL_DIR))
 
   def before_run(self, run_context):
@@ -67,8 +65,9 @@ class EvaluationHook(tf.train.SessionRunHook):
     step = int(run_values.results)
     if step % self._every_n_steps and step != self._max_steps:
       return
-    checkpoint = self._saver.save(run_context.session, os.path.join(self._log_dir, 'model.ckpt'),
-                                  step, write_meta_graph=False)
+    checkpoint = self._saver.save(
+        run_context.session, os.path.join(self._log_dir, log_folder.CHECKPOINT_NAME), step,
+        write_meta_graph=False)
     found = self._evaluate(checkpoint, step)
     if self._best is None or _rank(found) > _rank(self._best):
       self._keep(run_context.session, found)
@@ -103,7 +102,7 @@ class EvaluationHook(tf.train.SessionRunHook):
   def _keep(self, session, found):
     os.makedirs(self._best_dir, exist_ok=True)
     checkpoints.save_config(self._config, self._best_dir)
-    self._best_saver.save(session, os.path.join(self._best_dir, 'model.ckpt'),
+    self._best_saver.save(session, os.path.join(self._best_dir, log_folder.CHECKPOINT_NAME),
                           found['global_step'], write_meta_graph=False)
     files.write_atomically(os.path.join(self._best_dir, METRICS_FILE),
                            (json.dumps(found, indent=2) + '\n').encode())

@@ -21,35 +21,36 @@ class ProgressHook(tf.train.SessionRunHook):
   second also go to TensorBoard.
   """
 
-  def __init__(self, global_step, loss, accuracy, batch_size, num_towers, num_samples,
-               max_steps, log_every_n_steps, summary_writer):
+  def __init__(self, global_step, next_image, loss, accuracy, batch_size, num_towers, plan,
+               log_every_n_steps, summary_writer):
     """Initializes the hook.
 
     Args:
       global_step: int64 [], its value after the step.
+      next_image: int64 [] variable, the number of images seen.
       loss, accuracy: float32 [], of the step.
       batch_size: images per step, summed over towers.
       num_towers: number of towers on all workers.
-      num_samples: images per epoch.
-      max_steps: the last step.
+      plan: plan.Plan.
       log_every_n_steps: steps between two lines.
       summary_writer: tf.summary.FileWriter.
     """
+    self._next_image = next_image
     self._fetches = {'step': global_step, 'loss': loss, 'accuracy': accuracy}
     self._batch_size = batch_size
     self._num_towers = num_towers
-    self._num_samples = num_samples
-    self._max_steps = max_steps
+    self._plan = plan
     self._log_every_n_steps = log_every_n_steps
     self._summary_writer = summary_writer
     self._bar = None
 
+  def begin(self):
+    with tf.control_dependencies([self._fetches['step']]):
+      self._fetches['images'] = self._next_image.read_value()
+
   def after_create_session(self, session, coord):
-    # The variable, because fetching self._fetches would run a training step.
-    self._step = session.run(tf.train.get_global_step())
     if sys.stderr.isatty():
-      self._bar = tqdm.tqdm(total=self._max_steps * self._batch_size,
-                            initial=self._step * self._batch_size,
+      self._bar = tqdm.tqdm(total=self._plan.total_images, initial=self._plan.first_image,
                             unit=' images', dynamic_ncols=True)
     self._start_interval()
 
@@ -58,13 +59,13 @@ class ProgressHook(tf.train.SessionRunHook):
 
   def after_run(self, run_context, run_values):
     values = run_values.results
-    self._step = int(values['step'])
+    step = int(values['step'])
     self._losses.append(values['loss'])
     self._accuracies.append(values['accuracy'])
     if self._bar is not None:
-      self._bar.update(self._batch_size)
-    if self._step % self._log_every_n_steps == 0 or self._step == self._max_steps:
-      self._report()
+      self._bar.update(int(values['images']) - self._bar.n)
+    if step % self._log_every_n_steps == 0 or step == self._plan.max_steps:
+      self._report(step, int(values['images']))
       self._start_interval()
 
   def end(self, session):
@@ -75,27 +76,26 @@ class ProgressHook(tf.train.SessionRunHook):
     self._losses, self._accuracies = [], []
     self._interval_start = time.perf_counter()
 
-  def _report(self):
+  def _report(self, step, images):
     steps = len(self._losses)
     seconds_per_step = (time.perf_counter() - self._interval_start) / steps
     images_per_second = self._batch_size / seconds_per_step
     loss = sum(self._losses) / steps
     accuracy = sum(self._accuracies) / steps
-    epoch = self._step * self._batch_size / self._num_samples
+    epoch = images / self._plan.dataset.num_samples
     self._summary_writer.add_summary(
         tf.Summary(value=[tf.Summary.Value(tag='images_per_second',
-                                           simple_value=images_per_second)]), self._step)
+                                           simple_value=images_per_second)]), step)
     if self._bar is not None:
       self._bar.set_postfix_str(f'epoch {epoch:.1f}, loss {loss:.4f}, accuracy {accuracy:.3f}')
       return
-    remaining = time.strftime(
-        '%H:%M:%S', time.gmtime((self._max_steps - self._step) * seconds_per_step))
+    minutes, seconds = divmod(round((self._plan.max_steps - step) * seconds_per_step), 60)
     per_tower = (f', {images_per_second / self._num_towers:.1f} per tower'
                  if self._num_towers > 1 else '')
-    print(f'global step {self._step}/{self._max_steps}: loss = {loss:.4f}, '
+    print(f'global step {step}/{self._plan.max_steps}: loss = {loss:.4f}, '
           f'accuracy = {accuracy:.3f} ({seconds_per_step:.3f} sec/step, '
           f'{images_per_second:.1f} images/sec{per_tower}, epoch {epoch:.2f}, '
-          f'{remaining} left)', flush=True)
+          f'{minutes // 60:02}:{minutes % 60:02}:{seconds:02} left)', flush=True)
 
 
 class BadRecordsHook(tf.train.SessionRunHook):

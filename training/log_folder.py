@@ -17,12 +17,13 @@ import tensorflow.compat.v1 as tf
 from common import checkpoints
 from common import files
 
+CHECKPOINT_NAME = 'model.ckpt'  # tf.train.CheckpointSaverHook's
 LOCK_FILE = 'train.lock'
 RUNS_FILE = 'runs.jsonl'
 
 
-class LockedError(Exception):
-  """Another process is training in the log folder."""
+class LogFolderError(Exception):
+  """The log folder cannot be used; the message says why."""
 
 
 @contextlib.contextmanager
@@ -35,16 +36,22 @@ def lock(log_dir):
     log_dir.
 
   Raises:
-    LockedError: another process holds the lock.
+    LogFolderError: another process holds the lock, or log_dir cannot be written to.
+    checkpoints.CheckpointError: TensorFlow cannot read checkpoints at this path.
   """
-  os.makedirs(log_dir, exist_ok=True)
-  with open(os.path.join(log_dir, LOCK_FILE), 'a+', encoding='utf-8') as f:
+  checkpoints.check_path(log_dir)
+  try:
+    os.makedirs(log_dir, exist_ok=True)
+    f = open(os.path.join(log_dir, LOCK_FILE), 'a+', encoding='utf-8')
+  except OSError as error:
+    raise LogFolderError(f'Cannot write to --log_dir {log_dir!r}: {error.strerror}') from error
+  with f:
     try:
       fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       f.seek(0)
-      raise LockedError(f'Process {f.read().strip() or "(unknown)"} is training in {log_dir}: '
-                        'wait for it, stop it, or choose another --log_dir') from error
+      raise LogFolderError(f'Process {f.read().strip() or "(unknown)"} is training in {log_dir}: '
+                           'wait for it, stop it, or choose another --log_dir') from error
     f.truncate(0)
     f.write(f'{os.getpid()}\n')
     f.flush()
@@ -54,6 +61,17 @@ def lock(log_dir):
 def scratch():
   """Returns a context with a temporary folder for a worker whose files nobody keeps."""
   return tempfile.TemporaryDirectory(prefix='train_flowers_')
+
+
+def make_saver(folder, max_to_keep):
+  """Returns a tf.train.Saver of the default graph that also deletes the folder's old checkpoints.
+
+  The paths that it stores are relative, so the folder can be moved.
+  """
+  saver = tf.train.Saver(max_to_keep=max_to_keep, save_relative_paths=True)
+  saver.recover_last_checkpoints([path for path in checkpoints.list_checkpoints(folder)
+                                  if os.path.basename(path).startswith(f'{CHECKPOINT_NAME}-')])
+  return saver
 
 
 def load_or_create_config(dataset, log_dir, checkpoint, image_size, depth_multiplier, seed):

@@ -88,28 +88,28 @@ def describe(recipe):
   return ', '.join(f'{name} {value}' for name, value in dataclasses.asdict(recipe).items())
 
 
-def build_learning_rate(recipe, global_step, steps_per_epoch, batch_size, max_steps):
+def build_learning_rate(recipe, images_seen, num_samples, batch_size, total_images):
   """Returns the learning rate of this step, a float32 scalar tensor.
 
-  Time is counted in images seen, so it does not depend on the number of towers.
+  The schedule counts images, so it does not depend on the batch size or the number of towers.
 
   Args:
     recipe: a Recipe. Its schedule is one of
       'fixed': learning_rate;
       'exponential': learning_rate * learning_rate_decay_factor^decays, where
         decays is a whole number if `staircase`;
-      'polynomial': a line from learning_rate to end_learning_rate at max_steps;
+      'polynomial': a line from learning_rate to end_learning_rate at total_images;
       'cosine': half a cosine between the same two;
-      never below end_learning_rate, and during the warm-up times
-      (step + 1) / warm-up steps.
-    global_step: int64 [].
-    steps_per_epoch: float, steps in which as many images are seen as there are.
+      never below end_learning_rate, and multiplied by the fraction of the warm-up's
+      images seen after this step.
+    images_seen: int64 [], before this step.
+    num_samples: images per epoch.
     batch_size: images per step, summed over towers.
-    max_steps: the step that training ends with.
+    total_images: number of images seen at the end of training.
   """
-  step = tf.cast(global_step, tf.float64)  # float32 cannot count beyond 2^24
+  images = tf.cast(images_seen, tf.float64)  # float32 cannot count beyond 2^24
   highest, lowest = recipe.learning_rate, recipe.end_learning_rate
-  progress = tf.minimum(step / max_steps, 1.0)
+  progress = tf.minimum(images / total_images, 1.0)
   if recipe.learning_rate_decay_type == 'fixed':
     rate = tf.constant(highest, tf.float64)
   elif recipe.learning_rate_decay_type == 'polynomial':
@@ -117,15 +117,13 @@ def build_learning_rate(recipe, global_step, steps_per_epoch, batch_size, max_st
   elif recipe.learning_rate_decay_type == 'cosine':
     rate = lowest + (highest - lowest) * 0.5 * (1.0 + tf.cos(math.pi * progress))
   else:
-    steps_per_decay = (recipe.num_samples_per_decay / batch_size or
-                       recipe.num_epochs_per_decay * steps_per_epoch)
-    decays = step / steps_per_decay
+    decays = images / (recipe.num_samples_per_decay or recipe.num_epochs_per_decay * num_samples)
     if recipe.staircase:
       decays = tf.floor(decays)
     rate = highest * tf.cast(recipe.learning_rate_decay_factor, tf.float64)**decays
   rate = tf.maximum(rate, lowest)
   if recipe.warmup_epochs:
-    rate *= tf.minimum((step + 1.0) / (recipe.warmup_epochs * steps_per_epoch), 1.0)
+    rate *= tf.minimum((images + batch_size) / (recipe.warmup_epochs * num_samples), 1.0)
   return tf.cast(rate, tf.float32)
 
 

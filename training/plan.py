@@ -32,6 +32,7 @@ Plan = collections.namedtuple('Plan', [
     'first_image',  # position of the first image in the endless sequence
     'steps_per_epoch',  # float
     'max_steps',  # the last step
+    'total_images',  # number of images seen at that step, which is where schedules end
 ])
 
 
@@ -77,14 +78,15 @@ def make_plan(args, dataset, validation, devices, log_dir, workers):
   Raises:
     checkpoints.CheckpointError: the log folder holds another model.
   """
-  checkpoint = tf.train.latest_checkpoint(log_dir)
+  checkpoint = checkpoints.find_newest(log_dir)
   config = log_folder.load_or_create_config(dataset, log_dir, checkpoint, args.image_size,
                                             args.depth_multiplier, args.seed)
   seed, start_step, first_image = workers.all_gather([
       config.seed, checkpoints.global_step(checkpoint) if checkpoint else 0,
       checkpoints.next_image(checkpoint) if checkpoint else 0])[0]
-  steps_per_epoch = dataset.num_samples / args.batch_size
-  max_steps = math.ceil(args.num_epochs * steps_per_epoch)
+  max_steps, total_images = find_end(
+      args.num_epochs * dataset.num_samples, args.batch_size, start_step, first_image,
+      args.max_number_of_steps)
   return Plan(
       dataset=dataset,
       validation=validation,
@@ -94,8 +96,30 @@ def make_plan(args, dataset, validation, devices, log_dir, workers):
       config=dataclasses.replace(config, seed=seed),
       start_step=start_step,
       first_image=first_image,
-      steps_per_epoch=steps_per_epoch,
-      max_steps=min(max_steps, args.max_number_of_steps or max_steps))
+      steps_per_epoch=dataset.num_samples / args.batch_size,
+      max_steps=max_steps,
+      total_images=total_images)
+
+
+def find_end(images, batch_size, start_step, first_image, max_number_of_steps=None):
+  """Finds where training ends.
+
+  Args:
+    images: float, number of images to train on.
+    batch_size: images per step, which may differ from that of earlier steps.
+    start_step: number of steps already taken.
+    first_image: number of images already seen.
+    max_number_of_steps: upper bound of the last step, or None.
+
+  Returns:
+    The last step, and the number of images seen by then.
+  """
+  total_images = math.ceil(images / batch_size) * batch_size
+  max_steps = start_step + max(0, math.ceil((total_images - first_image) / batch_size))
+  if max_number_of_steps and max_number_of_steps < max_steps:
+    max_steps = max(max_number_of_steps, start_step)
+    total_images = first_image + (max_steps - start_step) * batch_size
+  return max_steps, total_images
 
 
 def show(plan, args, recipe, workers):

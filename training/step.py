@@ -154,13 +154,21 @@ def _add_regularization(gradients):
           for (gradient, variable), decay in zip(gradients, decays)], regularization
 
 
+def get_or_create_next_image():
+  """Returns the variable of the position after the last image seen, int64 [].
+
+  It is saved with the weights, so that a resumed run continues there.
+  """
+  with tf.variable_scope('', reuse=tf.AUTO_REUSE):
+    return tf.get_variable(checkpoints.NEXT_IMAGE, [], tf.int64, tf.zeros_initializer(),
+                           trainable=False)
+
+
 def _build_update(optimizer, gradients, global_step, next_image, moving_average_decay):
   """Returns the op that updates weights, averages, step and position in the data."""
-  # Saved with the weights: a resumed run continues with this image.
-  next_image_variable = tf.get_variable(checkpoints.NEXT_IMAGE, [], tf.int64,
-                                        tf.zeros_initializer(), trainable=False)
-  train_op = tf.group(next_image_variable.assign(next_image),
-                      optimizer.apply_gradients(gradients, global_step))
+  # The position comes last, because the learning rate of this step depends on it.
+  with tf.control_dependencies([optimizer.apply_gradients(gradients, global_step)]):
+    train_op = get_or_create_next_image().assign(next_image)
   if moving_average_decay:
     averages = tf.train.ExponentialMovingAverage(moving_average_decay, global_step)
     with tf.control_dependencies([train_op]):
@@ -178,17 +186,15 @@ def _build_summaries(scalars, images, gradients):
                         for kind, tensor in (('weights', variable), ('gradients', gradient))]))
 
 
-def run_training(train_step, hooks, log_dir, session_config, start_step, max_steps, scaffold,
-                 workers):
-  """Runs training steps until max_steps, or until a signal arrives.
+def run_training(train_step, hooks, plan, session_config, scaffold, workers):
+  """Runs training steps until the plan's last step, or until a signal arrives.
 
   Args:
     train_step: TrainStep of the default graph.
     hooks: session hooks.
-    log_dir: folder of checkpoints and events; its newest checkpoint is restored.
+    plan: plan.Plan; its checkpoint is restored.
     session_config: tf.ConfigProto.
-    start_step, max_steps: the first and the last step.
-    scaffold: tf.train.Scaffold; its init_fn runs only if log_dir holds no checkpoint.
+    scaffold: tf.train.Scaffold; its init_fn runs only if the plan has no checkpoint.
     workers: cluster.Workers or SingleWorker.
 
   Returns:
@@ -200,16 +206,17 @@ def run_training(train_step, hooks, log_dir, session_config, start_step, max_ste
     cluster.ClusterError: another worker is gone.
   """
   stop_on_signal = training_hooks.StopOnSignalHook(workers)
-  hooks = [stop_on_signal, tf.train.StopAtStepHook(last_step=max_steps), *hooks]
-  reached = start_step
+  hooks = [stop_on_signal, tf.train.StopAtStepHook(last_step=plan.max_steps), *hooks]
+  reached = plan.start_step
   try:
     # MonitoredSession would recreate its session forever once another worker is gone.
     with tf.train.SingularMonitoredSession(
-        hooks, scaffold, workers.master, session_config, checkpoint_dir=log_dir) as session:
+        hooks, scaffold, workers.master, session_config,
+        checkpoint_filename_with_path=plan.checkpoint) as session:
       while not session.should_stop():
         _, reached = session.run([train_step.train_op, train_step.global_step])
   except tf.errors.OpError as error:
-    if explained := _explain(error, train_step, log_dir, reached, workers):
+    if explained := _explain(error, train_step, plan.log_dir, reached, workers):
       raise explained from error
     raise
   return reached, stop_on_signal.received or workers.stopped_by

@@ -79,7 +79,7 @@ class LockTest(LogFolderTestCase):
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     self.addCleanup(holder.stdout.close)
     self.assertEqual(holder.stdout.readline(), 'locked\n')
-    with self.assertRaisesRegex(log_folder.LockedError,
+    with self.assertRaisesRegex(log_folder.LogFolderError,
                                 f'Process {holder.pid} is training in .*log: wait for it'):
       with log_folder.lock(log_dir):
         pass

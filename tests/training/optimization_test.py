@@ -19,11 +19,11 @@ class LearningRateTest(tf.test.TestCase):
   def rates(self, steps, decay_type, batch_size=10, num_samples=100, **changes):
     recipe = dataclasses.replace(RECIPE, learning_rate_decay_type=decay_type, **changes)
     with tf.Graph().as_default(), tf.Session() as session:
-      step = tf.placeholder(tf.int64, [])
-      rate = optimization.build_learning_rate(recipe, step, num_samples / batch_size, batch_size,
-                                              max_steps=100)
+      images_seen = tf.placeholder(tf.int64, [])
+      rate = optimization.build_learning_rate(recipe, images_seen, num_samples, batch_size,
+                                              total_images=1000)
       self.assertEqual(rate.dtype, tf.float32)
-      return [session.run(rate, {step: i}) for i in steps]
+      return [session.run(rate, {images_seen: step * batch_size}) for step in steps]
 
   def test_fixed(self):
     self.assertAllClose(self.rates([0, 99], 'fixed'), [0.1, 0.1])
@@ -56,13 +56,13 @@ class LearningRateTest(tf.test.TestCase):
     self.assertAllClose(self.rates([0, 9, 18, 19, 20], 'fixed', warmup_epochs=2.0),
                         [0.005, 0.05, 0.095, 0.1, 0.1])
 
-  def test_steps_beyond_what_float32_counts(self):
+  def test_more_images_than_float32_counts(self):
     recipe = dataclasses.replace(RECIPE, learning_rate_decay_type='polynomial',
                                  end_learning_rate=0.0)
     with tf.Graph().as_default(), tf.Session() as session:
-      step = tf.placeholder(tf.int64, [])
-      rate = optimization.build_learning_rate(recipe, step, 10.0, 10, max_steps=2**24 + 2)
-      self.assertAllClose(session.run(rate, {step: 2**24 + 1}), 0.1 / (2**24 + 2), rtol=1e-6)
+      rate = optimization.build_learning_rate(recipe, tf.constant(2**24 + 1, tf.int64), 10, 1,
+                                              total_images=2**24 + 2)
+      self.assertAllClose(session.run(rate), 0.1 / (2**24 + 2), rtol=1e-6)
 
 
 class OptimizerTest(tf.test.TestCase):
