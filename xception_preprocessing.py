@@ -117,9 +117,19 @@ def preprocess_for_eval(image, height, width, central_fraction=CENTRAL_FRACTION)
 
 
 def decode(encoded):
-  """Decodes the bytes of a JPEG or PNG file into uint8 [height, width, 3]."""
-  # Decodes PNG as well, in spite of its name.
-  return tf.image.decode_jpeg(encoded, channels=3, dct_method=DCT_METHOD)
+  """Decodes the bytes of a JPEG, PNG, BMP, WebP or GIF file into uint8 [height, width, 3].
+
+  Of an animation it decodes the first frame; an alpha channel is dropped.
+  """
+  return tf.cond(
+      tf.image.is_jpeg(encoded),
+      lambda: tf.image.decode_jpeg(encoded, channels=3, dct_method=DCT_METHOD),
+      lambda: _decode_other(encoded))
+
+
+def _decode_other(encoded):
+  image = tf.image.decode_image(encoded, channels=3, expand_animations=False)
+  return tf.ensure_shape(image, [None, None, 3])
 
 
 def decode_and_distort(encoded, height, width, seed):
@@ -130,7 +140,7 @@ def decode_and_distort(encoded, height, width, seed):
   `preprocess_for_train` in fast mode to float rounding.
 
   Args:
-    encoded: string [], bytes of a JPEG or PNG file.
+    encoded: string [], bytes of a file that `decode` decodes.
     height, width, seed: as in `preprocess_image`.
 
   Returns:
@@ -142,7 +152,7 @@ def decode_and_distort(encoded, height, width, seed):
     return (_decode_jpeg_crop(encoded, shape, distortion), *distortion)
 
   def crop_of_decoded():
-    image = decode(encoded)
+    image = _decode_other(encoded)
     distortion = draw_distortion(tf.shape(image), seed)
     return (tf.slice(image, distortion.begin, distortion.size), *distortion)
 
