@@ -12,10 +12,11 @@ import slim_bridge  # noqa: F401, before TensorFlow: see there
 import tensorflow.compat.v1 as tf
 
 from export import folding
-from export import models
+from export import runtimes
 import xception_preprocessing
 
 ONNX_OPSET = 18
+ENCODED_SIGNATURE = 'encoded'  # takes encoded images; serving_default takes pixels
 
 # Largest allowed difference between a format's probabilities and the checkpoint's.
 FLOAT32_BOUND, FLOAT16_BOUND, BFLOAT16_BOUND, INT8_BOUND = 1e-4, 1e-2, 2e-2, 5e-2
@@ -105,37 +106,37 @@ def _write_pb(graph_def, path):
 def _write_saved_model(graph_def, path):
   """Writes one network with two signatures: probabilities of images, and of encoded images."""
   # Only TensorFlow reads it, and TensorFlow 2 runs it as a tf.function.
-  graph_def = folding.delay_biases(graph_def, models.OUTPUT_NODE)
+  graph_def = folding.delay_biases(graph_def, runtimes.OUTPUT_NODE)
   with tf.Graph().as_default(), tf.Session() as session:
     encoded, preprocessed = _encoded_images(_image_size(graph_def), 'encoded')
     # Feeding images bypasses the decoder.
     images = tf.placeholder_with_default(preprocessed, [None, *preprocessed.shape[1:]],
-                                         name=models.IMAGES)
+                                         name=runtimes.IMAGES)
     probabilities = _import(graph_def, images)
     builder = tf.saved_model.Builder(path)
     builder.add_meta_graph_and_variables(
         session, [tf.saved_model.tag_constants.SERVING], signature_def_map={
             tf.saved_model.signature_constants.DEFAULT_SERVING_SIGNATURE_DEF_KEY:
-                _signature(models.IMAGES, images, probabilities),
-            models.ENCODED_SIGNATURE:
-                _signature(models.ENCODED, encoded, probabilities)})
+                _signature(runtimes.IMAGES, images, probabilities),
+            ENCODED_SIGNATURE:
+                _signature(runtimes.ENCODED, encoded, probabilities)})
     builder.save()
 
 
 def _signature(input_name, tensor, probabilities):
   return tf.saved_model.build_signature_def(
       {input_name: tf.saved_model.build_tensor_info(tensor)},
-      {models.PROBABILITIES: tf.saved_model.build_tensor_info(probabilities)},
+      {runtimes.PROBABILITIES: tf.saved_model.build_tensor_info(probabilities)},
       tf.saved_model.signature_constants.PREDICT_METHOD_NAME)
 
 
 def _write_jpeg_pb(graph_def, path):
   """Writes a graph whose `input`, string [None], takes the bytes of JPEG or PNG files."""
   with tf.Graph().as_default() as graph:
-    _, images = _encoded_images(_image_size(graph_def), models.INPUT_NODE)
-    tf.identity(_import(graph_def, images), name=models.OUTPUT_NODE)
+    _, images = _encoded_images(_image_size(graph_def), runtimes.INPUT_NODE)
+    tf.identity(_import(graph_def, images), name=runtimes.OUTPUT_NODE)
   _write_pb(tf.graph_util.extract_sub_graph(
-      graph.as_graph_def(), [models.OUTPUT_NODE]), path)
+      graph.as_graph_def(), [runtimes.OUTPUT_NODE]), path)
 
 
 def _encoded_images(image_size, name):
@@ -148,15 +149,15 @@ def _encoded_images(image_size, name):
 
 
 def _image_size(graph_def):
-  node = next(node for node in graph_def.node if node.name == models.INPUT_NODE)
+  node = next(node for node in graph_def.node if node.name == runtimes.INPUT_NODE)
   return node.attr['shape'].shape.dim[1].size
 
 
 def _import(graph_def, images):
   """Imports a frozen graph into the default graph; returns its output."""
   output, = tf.import_graph_def(
-      graph_def, {f'{models.INPUT_NODE}:0': images},
-      [f'{models.OUTPUT_NODE}:0'], name='network')
+      graph_def, {f'{runtimes.INPUT_NODE}:0': images},
+      [f'{runtimes.OUTPUT_NODE}:0'], name='network')
   return output
 
 
@@ -165,7 +166,7 @@ def _tflite_writer(optimizations=(), supported_types=()):
   def write(graph_def, path):
     with tf.Graph().as_default(), tf.Session() as session:
       images, output = tf.import_graph_def(graph_def, return_elements=[
-          f'{models.INPUT_NODE}:0', f'{models.OUTPUT_NODE}:0'], name='')
+          f'{runtimes.INPUT_NODE}:0', f'{runtimes.OUTPUT_NODE}:0'], name='')
       converter = tf.lite.TFLiteConverter.from_session(session, [images], [output])
       converter.optimizations = list(optimizations)
       converter.target_spec.supported_types = list(supported_types)
@@ -179,8 +180,8 @@ def _write_onnx(graph_def, path):
   tf2onnx = importlib.import_module('tf2onnx')
   logging.getLogger('tf2onnx').setLevel(logging.WARNING)
   model, _ = tf2onnx.convert.from_graph_def(
-      graph_def, input_names=[f'{models.INPUT_NODE}:0'],
-      output_names=[f'{models.OUTPUT_NODE}:0'], opset=ONNX_OPSET)
+      graph_def, input_names=[f'{runtimes.INPUT_NODE}:0'],
+      output_names=[f'{runtimes.OUTPUT_NODE}:0'], opset=ONNX_OPSET)
   graph = model.graph
   # tf2onnx keeps TensorFlow's ":0" and calls the unknown batch size unk__678.
   names = {value.name: value.name.removesuffix(':0') for value in (*graph.input, *graph.output)}
