@@ -74,7 +74,8 @@ class FrozenModelsTest(tf.test.TestCase):
     os.makedirs(empty, exist_ok=True)
     with self.assertRaisesRegex(models.ModelError, 'empty is not a SavedModel'):
       models.load(empty)
-    for suffix, message in [('.pb', 'not a frozen graph|has no input'), ('.tflite', 'not a TFLite model')]:
+    for suffix, message in [('.pb', 'not a frozen graph|has no input'),
+                            ('.tflite', 'not a TFLite model')]:
       with open(self.paths['pb' if suffix == '.pb' else 'tflite'], 'rb') as f:
         content = f.read()
       for damaged in (b'', b'not a model', content[:5]):
