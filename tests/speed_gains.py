@@ -1,6 +1,6 @@
 """Checks that what was gained in speed is still there; run by `make benchmark`.
 
-The bounds leave about half of each gain that README reports, of the CPU where it is
+The bounds leave about half of each gain that docs/performance.md reports, of the CPU where it is
 the smaller: this is to notice a gain that is lost, not one that is smaller.
 """
 

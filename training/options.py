@@ -28,7 +28,7 @@ def parse_train_args(description, argv=None):
   _add_fine_tuning_options(parser.add_argument_group('fine-tuning'))
   _add_device_options(parser.add_argument_group('devices'))
   _add_cluster_options(parser.add_argument_group(
-      'cluster', 'Several machines train together if TF_CONFIG names them; see README.'))
+      'cluster', 'Several machines train together if TF_CONFIG names them; see docs/cluster.md.'))
   _add_run_options(parser.add_argument_group('run'))
   recipe_name = parser.parse_known_args(argv)[0].recipe
   parser.set_defaults(**dataclasses.asdict(optimization.RECIPES[recipe_name]))
