@@ -159,7 +159,7 @@ def verify(paths, images, predict, precision):
   print(TABLE_ROW.format('checkpoint', '', '', '', f'{reference.milliseconds:.1f}'), flush=True)
   comparisons, too_far = {}, []
   for name, path in paths.items():
-    comparison = compare(models.load(path), images, reference)
+    comparison = compare(models.load(path, use_gpu=False), images, reference)
     print(TABLE_ROW.format(
         name, f'{models.num_bytes(path):,}', f'{comparison.max_difference:.1e}',
         f'{comparison.agreement:.1%}', f'{comparison.milliseconds:.1f}'), flush=True)
