@@ -215,7 +215,7 @@ class WritePbTest(tf.test.TestCase):
       checkpoint = small_model.write_checkpoint(log_dir)
       with open(f'{checkpoint}.index', 'wb') as f:
         f.write(b'damaged')
-      with self.assertRaisesRegex(checkpoints.CheckpointError, 'ckpt-7 cannot be restored'):
+      with self.assertRaisesRegex(checkpoints.CheckpointError, 'ckpt-7 cannot be read'):
         self.write(log_dir=log_dir)
 
   def test_without_a_dataset(self):
