@@ -254,12 +254,16 @@ def load_numbered_batch(dataset, batch_size, height, width, is_training, seed=0,
                ] if is_training else positions
     return np.array([_read_or_empty(dataset.records, number) for number in numbers], object)
 
+  # AutoGraph has nothing to convert here. It takes half a second, and the code that it writes
+  # into the temporary folder stays there when training is killed.
+  @tf.autograph.experimental.do_not_convert
   def read_group(positions):
     if is_training:
       positions = training_position(positions, first_image, batch_size, worker, num_workers)
     records = tf.numpy_function(read, [positions], tf.string, stateful=False)
     return positions, tf.ensure_shape(records, [None])
 
+  @tf.autograph.experimental.do_not_convert
   def load_image(position, record):
     features = tf.parse_single_example(record, KEYS_TO_FEATURES)
     encoded, label = features['image/encoded'], features['image/class/label']

@@ -137,10 +137,10 @@ def _write_jpeg_pb(graph_def, path):
 def _encoded_images(image_size, name):
   """Returns a placeholder of encoded images, string [None], and the images as evaluated."""
   encoded = tf.placeholder(tf.string, [None], name=name)
-  return encoded, tf.map_fn(
+  preprocess = tf.autograph.experimental.do_not_convert(
       lambda content: xception_preprocessing.preprocess_for_eval(
-          xception_preprocessing.decode(content), image_size, image_size),
-      encoded, dtype=tf.float32)
+          xception_preprocessing.decode(content), image_size, image_size))
+  return encoded, tf.map_fn(preprocess, encoded, dtype=tf.float32)
 
 
 def _image_size(graph_def):
