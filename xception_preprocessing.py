@@ -166,7 +166,7 @@ def decode_and_distort(encoded, height, width, seed):
                                  distortion.saturation)
 
 
-@tf2.function(jit_compile=True)
+@tf2.function(jit_compile=True, autograph=False)
 def _distort_color_compiled(image, brightness_first, brightness, saturation):
   """Shifts brightness and saturation in one pass, where `_distort_color` takes a dozen.
 

@@ -167,6 +167,7 @@ def _write_jpeg_pb(graph_def, path, settings):
       graph.as_graph_def(), [runtimes.OUTPUT_NODE]), path, settings)
 
 
+@tf.autograph.experimental.do_not_convert  # see flowers.load_numbered_batch
 def _decode_and_preprocess(encoded, image_size):
   """Turns encoded images, string [n], into float32 [n, image_size, image_size, 3] in [-1, 1]."""
   images = tf.map_fn(

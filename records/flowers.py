@@ -319,6 +319,9 @@ def load_batch(dataset, batch_size, height, width, is_training, seed=0, first_im
   return images, labels
 
 
+# AutoGraph has nothing to convert in here. It takes half a second, and the code that it writes
+# to the temporary folder stays there when the process is killed.
+@tf.autograph.experimental.do_not_convert
 def load_numbered_batch(dataset, batch_size, height, width, is_training, seed=0, first_image=0,
                         num_readers=4, num_preprocessing_threads=tf.data.AUTOTUNE,
                         worker=0, num_workers=1):

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -250,6 +251,22 @@ class InterruptionTest(ScriptTestCase):
     self.assertGreaterEqual(step, 3)
     self.assertIn(f'Saved step {step} in', output)
     self.assertEqual(last_line(output), 'Stopped by SIGTERM: resume with the same command')
+
+  def test_sigterm_before_the_first_step_leaves_no_generated_code(self):
+    folder = os.path.join(self.dir, 'tmp')
+    os.mkdir(folder)
+    with mock.patch.dict(os.environ, TMPDIR=folder):
+      process = start(*TRAIN, '--log_dir', self.log_dir)
+    output = ''
+    for line in process.stdout:
+      output += line
+      if line.endswith(' trainable parameters\n'):
+        break
+    process.send_signal(signal.SIGTERM)  # the graph is built, but the hooks are not there yet
+    rest, _ = process.communicate(timeout=120)
+    self.assertIn(process.returncode, (0, -signal.SIGTERM), output + rest)
+    # AutoGraph writes code there that only a process which ends by itself deletes.
+    self.assertEqual([name for name in os.listdir(folder) if 'autograph' in name], [])
 
   def test_two_ctrl_c(self):
     process, _ = self.train_until(5, '--save_interval_steps', '2')
