@@ -373,12 +373,13 @@ class CreateDatasetTest(tf.test.TestCase):
     self.assertLen(output.getvalue().splitlines(), 53)
 
   def test_the_same_files_from_every_process(self):
-    self.write_classes(cat=3, dog=3)
+    self.write_classes(cät=3, 犬=3)
     digests = []
     for hash_seed in ('1', '2'):
       subprocess.run([sys.executable, os.path.join(PROJECT, 'create_tfrecords.py'), '--image_dir',
                       self.image_dir, '--dataset_dir', self.dataset_dir, '--overwrite'], check=True,
-                     capture_output=True, env={**os.environ, 'PYTHONHASHSEED': hash_seed})
+                     capture_output=True, env={**os.environ, 'PYTHONHASHSEED': hash_seed,
+                                                'PYTHONIOENCODING': 'ascii'})
       digests.append(self.digests())
     self.assertEqual(digests[0], digests[1])
 

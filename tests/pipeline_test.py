@@ -453,7 +453,7 @@ class BadRecordTest(ScriptTestCase):
         writer.write(flowers.make_example(b'', 'jpg', 4, 1, 1).SerializeToString())
     self.assertEndsWithMessage(
         run(*TRAIN, '--log_dir', self.log_dir, '--dataset_dir', self.dataset_dir,
-            '--batch_size', '2'), 'None of the first . records can be used: .*, record 0: .')
+            '--batch_size', '2'), 'None of 3 records can be used: .*, record 0: .')
 
 
 class MistakeTest(ScriptTestCase):
