@@ -31,6 +31,7 @@ from records import tfrecords
 
 READ_WINDOW = 256  # records in memory at a time
 MAX_LISTED = 20  # bad records and duplicates in the tables; --json has all of them
+MAX_CLASS_ROWS = 50  # classes in the table; of more, the MAX_LISTED smallest are printed
 
 
 def read_all(dataset):
@@ -46,7 +47,7 @@ def read_all(dataset):
     except tfrecords.RecordError as error:
       return number, None, None, None, str(error)
     features = tf.train.Example.FromString(dataset.records[number]).features.feature
-    encoded, = features['image/encoded'].bytes_list.value
+    encoded, = features[dataset.image_key].bytes_list.value
     return number, image, label, hashlib.sha256(encoded).digest(), None
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, tqdm.tqdm(
@@ -86,13 +87,13 @@ def check_split(dataset, sheet_numbers=()):
     squares += np.square(image / 255.0).sum((0, 1))
     if number in sheet_numbers:
       thumbnails[number] = _thumbnail(image)
-  counts = np.bincount(labels, minlength=dataset.num_classes).tolist()
+  counts = np.bincount(np.array(labels, np.int64), minlength=dataset.num_classes).tolist()
   mean = sums / max(pixels, 1)
   report = {
       'num_records': dataset.num_samples,
       'bad_records': bad,
       'damaged_files': dataset.records.damages,
-      'classes': {dataset.labels_to_names[i]: count for i, count in enumerate(counts)},
+      'classes': dict(zip(_distinct_names(dataset), counts)),
       'imbalance': max(counts) / min(counts) if min(counts) else None,
       'height': _spread(heights),
       'width': _spread(widths),
@@ -103,7 +104,8 @@ def check_split(dataset, sheet_numbers=()):
   return report, digests, thumbnails
 
 
-def check_dataset(dataset_dir, dataset_name, images_per_class=0, seed=0):
+def check_dataset(dataset_dir, dataset_name=flowers.DATASET_NAME, images_per_class=0, seed=0,
+                  **dataset_options):
   """Checks all splits of a dataset.
 
   Args:
@@ -111,6 +113,7 @@ def check_dataset(dataset_dir, dataset_name, images_per_class=0, seed=0):
     dataset_name: prefix of the file names.
     images_per_class: number of thumbnails of each class.
     seed: int that determines which images.
+    **dataset_options: other arguments of `flowers.get_split`.
 
   Returns:
     report: dict with `splits` (for each: num_records, bad_records with file,
@@ -126,7 +129,8 @@ def check_dataset(dataset_dir, dataset_name, images_per_class=0, seed=0):
   places = collections.defaultdict(list)
   for split in flowers.SPLITS:
     try:
-      dataset = flowers.get_split(split, dataset_dir, flowers.name_pattern(dataset_name))
+      dataset = flowers.get_split(split, dataset_dir, dataset_name=dataset_name,
+                                  **dataset_options)
     except flowers.MissingSplitError:
       if split == 'train':
         raise
@@ -150,7 +154,10 @@ def check_dataset(dataset_dir, dataset_name, images_per_class=0, seed=0):
 def print_report(report):
   """Prints the report as tables."""
   splits = report['splits']
-  names = list(next(iter(splits.values()))['classes'])
+  counts = next(iter(splits.values()))['classes']
+  names = list(counts)
+  if len(names) > MAX_CLASS_ROWS:
+    names = sorted(counts, key=counts.get)[:MAX_LISTED]
   width = max(map(len, [*names, 'good images']))
   print(f'{"":{width}} ' + ' '.join(f'{split:>12}' for split in splits))
 
@@ -159,6 +166,8 @@ def print_report(report):
 
   for name in names:
     row(name, [split['classes'][name] for split in splits.values()])
+  if len(names) < len(counts):
+    print(f'... and {len(counts) - len(names)} classes with more training images')
   row('good images', [sum(split['classes'].values()) for split in splits.values()])
   row('bad records', [len(split['bad_records']) for split in splits.values()])
   row('imbalance', [f'{split["imbalance"]:.2f}' if split['imbalance'] else 'empty class'
@@ -191,10 +200,18 @@ def _choose(dataset, images_per_class, seed):
     if not num_missing:
       break
     label = flowers.read_label(dataset, number)
-    if label is not None and label < len(chosen) and len(chosen[label]) < images_per_class:
+    if label in range(len(chosen)) and len(chosen[label]) < images_per_class:
       chosen[label].append(int(number))
       num_missing -= 1
   return chosen
+
+
+def _distinct_names(dataset):
+  """Returns the class names in order; a name that several classes have gets its id."""
+  names = dataset.labels_to_names
+  counts = collections.Counter(names.values())
+  return [names[label] if counts[names[label]] == 1 else f'{label}:{names[label]}'
+          for label in range(dataset.num_classes)]
 
 
 def _thumbnail(image):
@@ -225,10 +242,7 @@ images_per_class = arguments.checked_number(int, lambda value: 1 <= value <= 50,
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
                                    formatter_class=arguments.HelpFormatter)
-  parser.add_argument('--dataset_dir', default='dataset',
-                      help='folder of the TFRecords and labels.txt')
-  parser.add_argument('--dataset_name', default=flowers.DATASET_NAME,
-                      help='prefix of the file names')
+  arguments.add_dataset_options(parser)
   parser.add_argument('--json', action='store_true', help='print a JSON object instead of tables')
   parser.add_argument('--contact_sheet', metavar='PNG',
                       help='write a picture of random training images of each class '
@@ -241,8 +255,9 @@ def parse_args(argv=None):
 
 
 def main(args):
-  report, thumbnails = check_dataset(args.dataset_dir, args.dataset_name,
-                                     args.images_per_class if args.contact_sheet else 0, args.seed)
+  report, thumbnails = check_dataset(
+      images_per_class=args.images_per_class if args.contact_sheet else 0, seed=args.seed,
+      **arguments.dataset_options(args))
   if args.contact_sheet:
     names = list(report['splits']['train']['classes'])
     files.write_atomically(args.contact_sheet, pictures.draw_contact_sheet(thumbnails, names))
@@ -255,6 +270,7 @@ def main(args):
 
 if __name__ == '__main__':
   tf.disable_v2_behavior()
+  arguments.escape_unprintable_output()
   try:
     sys.exit(0 if main(parse_args()) else 1)
   except (flowers.DatasetError, OSError) as error:

@@ -3,12 +3,14 @@
   python create_tfrecords.py --image_dir flower_photos --dataset_dir my_flowers
 
 Writes shards of training and validation images, labels.txt and, if some files
-could not be used, rejected.csv with the reasons. The same images and seed give
-the same shards on every machine. The files get their final names only after all
-of them are complete.
+could not be used, rejected.csv with the reasons. If --image_dir has the folders
+train and validation (or val) or test, each with one subfolder per class, these
+become the splits. The same images and seed give the same shards on every machine.
+The files get their final names only after all of them are complete.
 """
 
 import argparse
+import signal
 import sys
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
@@ -24,12 +26,14 @@ def parse_args(argv=None):
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
                                    formatter_class=arguments.HelpFormatter)
   parser.add_argument('--image_dir', required=True,
-                      help='folder with one subfolder of images per class')
+                      help='folder with one subfolder of images per class, or with the folders '
+                      'train, validation and test that have these subfolders')
   parser.add_argument('--dataset_dir', required=True, help='folder to write to')
   parser.add_argument('--dataset_name', default=flowers.DATASET_NAME,
                       help='prefix of the file names')
-  parser.add_argument('--validation_fraction', type=arguments.fraction, default=0.1,
-                      help='share of each class that goes to the validation split')
+  parser.add_argument('--validation_fraction', type=arguments.fraction,
+                      help='share of each class that goes to the validation split, unless the '
+                      f'images are split already (default: {creation.VALIDATION_FRACTION})')
   parser.add_argument('--num_shards', type=arguments.positive_int, default=2,
                       help='number of files per split')
   parser.add_argument('--seed', type=arguments.non_negative_int, default=0,
@@ -44,11 +48,14 @@ def parse_args(argv=None):
 
 
 if __name__ == '__main__':
+  arguments.escape_unprintable_output()
+  # kill ends the script as Ctrl-C does, so that nothing unfinished is left.
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
   args = parse_args()
   try:
-    creation.create_dataset(args.image_dir, args.dataset_dir, args.dataset_name,
-                   args.validation_fraction, args.num_shards, args.seed, args.num_workers,
-                   args.labels_file, args.overwrite)
+    creation.create_dataset(
+        args.image_dir, args.dataset_dir, args.dataset_name, args.validation_fraction,
+        args.num_shards, args.seed, args.num_workers, args.labels_file, args.overwrite)
   except (flowers.DatasetError, OSError) as error:
     sys.exit(f'create_tfrecords.py: {error}')
   except tf.errors.OpError as error:  # what TFRecordWriter raises if, say, the disk is full

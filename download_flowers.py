@@ -289,6 +289,7 @@ def main(args):
 
 
 if __name__ == '__main__':
+  arguments.escape_unprintable_output()
   try:
     main(parse_args())
   except (DownloadError, flowers.DatasetError, OSError) as error:

@@ -20,6 +20,7 @@ from PIL import ImageFilter
 import tensorflow.compat.v1 as tf
 
 from dataset import flower_shapes
+from records import creation
 from records import flowers
 
 NUM_SHARDS = 2
@@ -141,27 +142,22 @@ def write_dataset(dataset_dir, sizes, seed, overwrite):
   Raises:
     FileExistsError: a file exists and overwrite is False.
   """
-  os.makedirs(dataset_dir, exist_ok=True)
-  paths = {name: [os.path.join(dataset_dir, flowers.shard_name(name, shard, NUM_SHARDS))
-                  for shard in range(NUM_SHARDS)] for name in sizes}
-  labels_file = os.path.join(dataset_dir, flowers.LABELS_FILE)
-  written = [labels_file, *(path for shards in paths.values() for path in shards)]
-  existing = [path for path in written if os.path.exists(path)]
-  if existing and not overwrite:
-    raise FileExistsError(f'{existing[0]} exists: use --overwrite to replace it, or choose '
-                          'another --dataset_dir')
+  shards = {name: [flowers.shard_name(name, shard, NUM_SHARDS) for shard in range(NUM_SHARDS)]
+            for name in sizes}
+  for name in [flowers.LABELS_FILE, *(name for names in shards.values() for name in names)]:
+    path = os.path.join(dataset_dir, name)
+    if os.path.exists(path) and not overwrite:
+      raise FileExistsError(f'{path} exists: use --overwrite to replace it, or choose another '
+                            '--dataset_dir')
 
-  for name, num_images in sizes.items():
-    examples = list(split_examples(name, num_images, seed))
-    for shard, path in enumerate(paths[name]):
-      with tf.python_io.TFRecordWriter(path + '.tmp') as writer:
-        for example in examples[shard::NUM_SHARDS]:
-          writer.write(example.SerializeToString())
-  with open(labels_file + '.tmp', 'w', encoding='utf-8', newline='\n') as f:
-    f.writelines(f'{label}:{name}\n' for label, name in enumerate(flower_shapes.CLASSES))
-  # The files get their final names only after all of them are complete.
-  for path in written:
-    os.replace(path + '.tmp', path)
+  with creation.new_files(dataset_dir) as folder:
+    for name, num_images in sizes.items():
+      examples = list(split_examples(name, num_images, seed))
+      for shard, file_name in enumerate(shards[name]):
+        with tf.python_io.TFRecordWriter(os.path.join(folder, file_name)) as writer:
+          for example in examples[shard::NUM_SHARDS]:
+            writer.write(example.SerializeToString(deterministic=True))
+    creation.write_labels(flower_shapes.CLASSES, folder)
 
 
 def _enlarge(noise, height, width):

@@ -5,10 +5,13 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import glob
 import hashlib
 import os
+import tempfile
+import unicodedata
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
 
@@ -20,11 +23,19 @@ from records import flowers
 from records import image_files
 
 REJECTED_FILE = 'rejected.csv'
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff')
+VALIDATION_FRACTION = 0.1
 WRITE_WINDOW = 256  # images in memory at a time
+MAX_LISTED_CLASSES = 50  # in the printed table
+MAX_SHARDS = 99_999  # the file names have five digits
+
+# Subfolders of an image folder that is split already, in any case.
+SPLIT_FOLDERS = {'train': 'train', 'training': 'train', 'val': 'validation',
+                 'valid': 'validation', 'validation': 'validation', 'test': 'test',
+                 'testing': 'test'}
 
 Item = collections.namedtuple('Item', [  # one file of a class folder
     'path',
+    'split',  # name of its split, or None if it is to be drawn
     'class_name',
     'reason',  # why the file cannot be used, or None
     'digest',  # bytes, SHA-256 of the file
@@ -33,17 +44,19 @@ Item = collections.namedtuple('Item', [  # one file of a class folder
 
 
 def create_dataset(image_dir, dataset_dir, dataset_name=flowers.DATASET_NAME,
-                   validation_fraction=0.1, num_shards=2, seed=0, num_workers=None,
+                   validation_fraction=None, num_shards=2, seed=0, num_workers=None,
                    labels_file=None, overwrite=False):
   """Writes a dataset and prints how many images of each class it has.
 
   Args:
-    image_dir: folder with one subfolder per class. The subfolders' names become the
-      class names.
+    image_dir: folder with one subfolder per class, whose names become the class
+      names; or folder with the subfolders train and validation or test, each with one
+      subfolder per class, which become the splits as they are.
     dataset_dir: folder to write to; created if missing.
     dataset_name: prefix of the shards' names.
     validation_fraction: float in [0, 1), share of each class that goes to the
-      validation split; 0 writes no validation split.
+      validation split; 0 writes no validation split. None means VALIDATION_FRACTION;
+      it must be None for images that are split already.
     num_shards: number of files per split.
     seed: int of 0 or more that determines the split and the order.
     num_workers: number of images to decode in parallel; None means one per core. It
@@ -56,63 +69,97 @@ def create_dataset(image_dir, dataset_dir, dataset_name=flowers.DATASET_NAME,
     flowers.DatasetError: the folders are unsuitable, or existing files would be
       replaced; nothing was written.
   """
-  files = list_files(image_dir, dataset_dir)
-  class_names = order_classes(files, labels_file)
+  if os.sep in dataset_name or not flowers.is_class_name(dataset_name):
+    raise flowers.DatasetError(f'--dataset_name {dataset_name!r} cannot begin a file name')
+  splits = find_splits(image_dir, dataset_dir)
+  if validation_fraction is not None and None not in splits:
+    raise flowers.DatasetError(f'{image_dir} is split into {", ".join(splits)} already: leave out '
+                               '--validation_fraction')
+  class_names = order_classes(image_dir, splits, labels_file)
   check_target(dataset_dir, dataset_name, class_names, overwrite)
   convert = image_files.Converter()
   with concurrent.futures.ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
-    items = examine(files, convert, pool)
-    splits = split_items(items, class_names, validation_fraction, seed)
-    for name, split in splits.items():
-      if len(split) < num_shards:
-        raise flowers.DatasetError(f'--num_shards {num_shards} is more than the number of images '
-                                   f'in the {name} split, {len(split)}')
-    os.makedirs(dataset_dir, exist_ok=True)
-    written = [path for name, split in splits.items() for path in write_split(
-        split, class_names, convert, pool, dataset_dir, dataset_name, name, num_shards)]
-  rejected = [item for item in items if item.reason]
+    items = examine(splits, convert, pool)
+    items_of = split_items(items, class_names, VALIDATION_FRACTION
+                           if validation_fraction is None else validation_fraction, seed)
+    check_num_shards(num_shards, items_of)
+    rejected = [item for item in items if item.reason]
+    with new_files(dataset_dir, lambda: _existing_files(dataset_dir, dataset_name)) as folder:
+      for split_name, split in items_of.items():
+        paths = [os.path.join(folder, flowers.shard_name(split_name, i, num_shards, dataset_name))
+                 for i in range(num_shards)]
+        write_split(split, class_names, convert, pool, paths, f'Writing {split_name}')
+      if rejected:
+        write_rejected(rejected, image_dir, folder)
+      write_labels(class_names, folder)
+  print_table(class_names, items_of, rejected)
   if rejected:
-    written.append(write_rejected(rejected, image_dir, dataset_dir))
-  written.append(write_labels(class_names, dataset_dir))
-  replace_dataset(written, dataset_dir, dataset_name)
-  print_table(class_names, splits, rejected)
+    print(f'{len(rejected)} files were rejected: {os.path.join(dataset_dir, REJECTED_FILE)} '
+          'says why')
+  if validation_fraction != 0:
+    print_classes_without_images(class_names, items_of)
 
 
-def list_files(image_dir, dataset_dir):
-  """Returns {class name: sorted paths} of the class folders in image_dir.
+def find_splits(image_dir, dataset_dir):
+  """Finds the images.
+
+  Returns:
+    {split name: {class name: sorted paths}}; the name is None for images that are not
+    split yet.
 
   Raises:
-    flowers.DatasetError: image_dir does not have one folder of images per class.
+    flowers.DatasetError: the folders are unsuitable.
   """
-  if not os.path.isdir(image_dir):
-    raise flowers.DatasetError(f'There is no folder {image_dir}: is --image_dir right?')
-  entries = [entry for entry in _visible_entries(image_dir)
-             if os.path.abspath(entry.path) != os.path.abspath(dataset_dir)]
-  folders = [entry for entry in entries if entry.is_dir()]
-  stray = [entry.name for entry in entries
-           if not entry.is_dir() and entry.name.lower().endswith(IMAGE_SUFFIXES)]
-  if stray:
+  folders = _subfolders(image_dir, dataset_dir)
+  names = {name: SPLIT_FOLDERS.get(name.lower()) for name in folders}
+  train = [name for name in names if names[name] == 'train']
+  if len(set(names.values()) - {None}) < 2 or not train or not _has_classes(folders[train[0]]):
+    return {None: find_classes(image_dir, folders)}
+  for name in names:
+    if list(names.values()).count(names[name]) > 1 or names[name] is None:
+      raise flowers.DatasetError(
+          f'{image_dir} has the folders {", ".join(names)}: images that are split already need '
+          'one folder of each of train, validation and test, and no other')
+  splits = {}
+  for name in sorted(names, key=lambda name: flowers.SPLITS.index(names[name])):
+    splits[names[name]] = find_classes(folders[name], _subfolders(folders[name], dataset_dir))
+    if unknown := splits[names[name]].keys() - splits['train'].keys():
+      raise flowers.DatasetError(f'{folders[name]} has the class {min(unknown)}, but '
+                                 f'{folders[train[0]]} does not')
+  return splits
+
+
+def find_classes(image_dir, folders):
+  """Returns {class name: sorted paths} of class folders, {name: path}."""
+  if stray := _images_in(image_dir):
     raise flowers.DatasetError(
         f'{len(stray)} images, such as {_printable(stray[0])}, are directly in {image_dir}: '
         'move each into the folder of its class')
   files = {}
-  for folder in folders:
-    _check_class_name(folder.name)
-    children = list(_visible_entries(folder.path))
-    if not children:
-      raise flowers.DatasetError(f'The class folder {folder.path} is empty: fill or remove it')
-    if all(child.is_dir() for child in children):
+  for name, folder in folders.items():
+    if not flowers.is_class_name(name):
       raise flowers.DatasetError(
-          f'{folder.path} has only folders in it: if the classes are one level deeper, use '
-          f'--image_dir {folder.path}')
-    files[folder.name] = [child.path for child in children]
-  if len(files) < 2:
-    raise flowers.DatasetError(f'{image_dir} needs at least 2 class folders, found {len(files)}')
+          f'The class folder {_printable(name)!r} cannot be written to labels.txt: use a UTF-8 '
+          'name without line breaks or leading or trailing spaces')
+    name = unicodedata.normalize('NFC', name)
+    if name in files:
+      raise flowers.DatasetError(f'{image_dir} has two folders named {name}, in different '
+                                 'Unicode forms: put the images into one')
+    children = _visible_entries(folder)
+    if not children:
+      raise flowers.DatasetError(f'The class folder {folder} is empty: fill or remove it')
+    if all(child.is_dir() for child in children):
+      raise flowers.DatasetError(f'{folder} has only folders in it: if the classes are one level '
+                                 f'deeper, use --image_dir {folder}')
+    files[name] = [child.path for child in children]
   return files
 
 
-def order_classes(files, labels_file):
-  """Returns the class names in the order of their ids."""
+def order_classes(image_dir, splits, labels_file):
+  """Returns the class names in the order of their ids; splits are those of `find_splits`."""
+  files = next(iter(splits.values()))
+  if len(files) < 2:
+    raise flowers.DatasetError(f'{image_dir} needs at least 2 class folders, found {len(files)}')
   if labels_file is None:
     return list(files)
   class_names = flowers.read_labels_file(labels_file)
@@ -125,60 +172,75 @@ def order_classes(files, labels_file):
 
 
 def check_target(dataset_dir, dataset_name, class_names, overwrite):
-  """Raises DatasetError if existing files would be replaced without overwrite."""
-  if overwrite:
-    return
-  existing = _shards(dataset_dir, dataset_name)
-  rejected_file = os.path.join(dataset_dir, REJECTED_FILE)
-  existing += [rejected_file] if os.path.exists(rejected_file) else []
+  """Raises DatasetError if files that must not be replaced would be."""
+  existing = _existing_files(dataset_dir, dataset_name)
+  others = _other_shards(dataset_dir, dataset_name)
   labels_file = os.path.join(dataset_dir, flowers.LABELS_FILE)
-  if os.path.exists(labels_file) and flowers.read_labels(dataset_dir) != class_names:
+  if (os.path.exists(labels_file) and (others or not overwrite)
+      and flowers.read_labels(dataset_dir) != class_names):
+    if others:
+      raise flowers.DatasetError(f'{labels_file} has other classes and belongs to {others[0]} too: '
+                                 'choose another --dataset_dir')
     existing.append(labels_file)
-  if existing:
+  if existing and not overwrite:
     raise flowers.DatasetError(f'{existing[0]} exists: use --overwrite to replace the dataset, '
                                'or choose another --dataset_dir')
 
 
-def examine(files, convert, pool):
+def check_num_shards(num_shards, items_of):
+  """Raises DatasetError if a split, {split name: items}, has too few images for its shards."""
+  for split_name, items in items_of.items():
+    if num_shards > min(len(items), MAX_SHARDS):
+      raise flowers.DatasetError(
+          f'--num_shards {num_shards} is more than {MAX_SHARDS}' if num_shards > MAX_SHARDS else
+          f'--num_shards {num_shards} is more than the number of images in the {split_name} split, '
+          f'{len(items)}')
+
+
+def examine(splits, convert, pool):
   """Decodes every file once and returns an Item for each.
 
   Args:
-    files: {class name: paths}.
+    splits: see `find_splits`.
     convert: image_files.Converter.
     pool: ThreadPoolExecutor.
   """
-  def examine_file(class_name, path):
+  def examine_file(split_name, class_name, path):
     try:
       content = _read(path)
       encoded, *kept_as = convert(content)
     except image_files.ImageError as error:
-      return Item(path, class_name, str(error), None, None)
+      return Item(path, split_name, class_name, str(error), None, None)
     digest = hashlib.sha256(content).digest()
-    return Item(path, class_name, None, digest, kept_as if encoded is content else None)
+    return Item(path, split_name, class_name, None, digest,
+                kept_as if encoded is content else None)
 
-  pairs = [(class_name, path) for class_name, paths in files.items() for path in paths]
-  items = list(tqdm.tqdm(pool.map(lambda pair: examine_file(*pair), pairs), 'Reading',
-                         total=len(pairs), unit=' images', disable=None))
+  files = [(split_name, class_name, path) for split_name, classes in splits.items()
+           for class_name, paths in classes.items() for path in paths]
+  items = list(tqdm.tqdm(pool.map(lambda file: examine_file(*file), files), 'Reading',
+                         total=len(files), unit=' images', disable=None))
   return reject_duplicates(items)
 
 
 def reject_duplicates(items):
-  """Rejects all but one of identical files in a class, and identical files in several classes."""
-  by_digest = collections.defaultdict(list)
+  """Rejects all but the first of identical files, and all of them if their classes differ."""
+  first, first_of_other_class = {}, {}
   for item in items:
     if item.reason is None:
-      by_digest[item.digest].append(item)
+      equal = first.setdefault(item.digest, item)
+      if equal.class_name != item.class_name:
+        first_of_other_class.setdefault(item.digest, item)
 
   def judge(item):
     if item.reason:
       return item
-    equals = by_digest[item.digest]
-    others = [other for other in equals if other.class_name != item.class_name]
-    if others:
-      return item._replace(reason=f'same content as {_printable(others[0].path)} in another '
-                           'class: which class is right?')
-    if item is not equals[0]:
-      return item._replace(reason=f'same content as {_printable(equals[0].path)}')
+    equal, other = first[item.digest], first_of_other_class.get(item.digest)
+    if other:
+      other = equal if item.class_name != equal.class_name else other
+      return item._replace(reason=f'same content as {_printable(other.path)} in another class: '
+                           'which class is right?')
+    if item is not equal:
+      return item._replace(reason=f'same content as {_printable(equal.path)}')
     return item
 
   return [judge(item) for item in items]
@@ -187,37 +249,82 @@ def reject_duplicates(items):
 def split_items(items, class_names, validation_fraction, seed):
   """Splits the usable items of each class at random in the same proportion.
 
+  Items that have a split keep it.
+
   Returns:
-    {'train': items, 'validation': items}, each in random order; without 'validation'
-    if it would be empty.
+    {split name: items}, each in random order, without empty splits.
 
   Raises:
-    flowers.DatasetError: no image of a class can be used.
+    flowers.DatasetError: no training image of a class can be used.
   """
-  train, validation = [], []
+  usable, reasons = collections.defaultdict(list), {}
+  for item in items:
+    if item.reason is None:
+      usable[item.split, item.class_name].append(item)
+    elif item.split in (None, 'train'):
+      reasons.setdefault(item.class_name, item.reason)
+  splits = {name: [] for name in flowers.SPLITS}
   for label, class_name in enumerate(class_names):
-    usable = [item for item in items if item.class_name == class_name and item.reason is None]
-    if not usable:
-      reasons = [item.reason for item in items if item.class_name == class_name]
-      raise flowers.DatasetError(f'No image of the class {class_name} can be used. The first: '
-                                 f'{reasons[0]}')
-    order = np.random.default_rng([seed, label]).permutation(len(usable))
-    num_validation = round(validation_fraction * len(usable))
-    if validation_fraction:
+    undivided = usable[None, class_name]
+    order = np.random.default_rng([seed, label]).permutation(len(undivided))
+    num_validation = round(validation_fraction * len(undivided))
+    if validation_fraction and undivided:
       # Every class gets a training image, and a validation image if it has a second one.
-      num_validation = min(max(num_validation, 1), len(usable) - 1)
-    validation += [usable[i] for i in order[:num_validation]]
-    train += [usable[i] for i in order[num_validation:]]
-  splits = {'train': train, 'validation': validation} if validation else {'train': train}
-  for i, name in enumerate(splits):
-    order = np.random.default_rng([seed, len(class_names), i]).permutation(len(splits[name]))
-    splits[name] = [splits[name][j] for j in order]
+      num_validation = min(max(num_validation, 1), len(undivided) - 1)
+    splits['validation'] += [undivided[i] for i in order[:num_validation]]
+    splits['train'] += [undivided[i] for i in order[num_validation:]]
+    for split_name in flowers.SPLITS:
+      splits[split_name] += usable[split_name, class_name]
+    if not undivided and not usable['train', class_name]:
+      raise flowers.DatasetError(f'No image of the class {class_name} can be used. The first: '
+                                 f'{reasons[class_name]}')
+  splits = {name: split for name, split in splits.items() if split}
+  for i, (name, split) in enumerate(splits.items()):
+    order = np.random.default_rng([seed, len(class_names), i]).permutation(len(split))
+    splits[name] = [split[j] for j in order]
   return splits
 
 
-def write_split(items, class_names, convert, pool, dataset_dir, dataset_name, split_name,
-                num_shards):
-  """Writes the shards of a split under temporary names; returns their final paths."""
+@contextlib.contextmanager
+def new_files(dataset_dir, find_old_files=tuple):
+  """Yields a folder whose files move to dataset_dir at the end of the context.
+
+  After an error or an interrupt, nothing of them is left.
+
+  Args:
+    dataset_dir: folder of the files; created if missing.
+    find_old_files: function that returns the paths of the files that they replace.
+  """
+  is_new = not os.path.isdir(dataset_dir)
+  os.makedirs(dataset_dir, exist_ok=True)
+  try:
+    with tempfile.TemporaryDirectory(prefix='.new-', dir=dataset_dir) as folder:
+      yield folder
+      names = os.listdir(folder)
+      for path in find_old_files():
+        if os.path.basename(path) not in names:
+          os.remove(path)  # readers would mix old shards with new ones
+      # labels.txt comes last, because it makes the dataset complete.
+      for name in sorted(names, key=lambda name: name == flowers.LABELS_FILE):
+        os.replace(os.path.join(folder, name), os.path.join(dataset_dir, name))
+  except BaseException:
+    if is_new:
+      with contextlib.suppress(OSError):
+        os.rmdir(dataset_dir)
+    raise
+
+
+def write_split(items, class_names, convert, pool, paths, description):
+  """Writes items to TFRecord files in turn.
+
+  Args:
+    items: list of Items.
+    class_names: class names in the order of their ids.
+    convert: image_files.Converter.
+    pool: ThreadPoolExecutor.
+    paths: paths of the files.
+    description: text for the progress bar.
+  """
   labels = {name: label for label, name in enumerate(class_names)}
 
   def make_record(item):
@@ -227,65 +334,89 @@ def write_split(items, class_names, convert, pool, dataset_dir, dataset_name, sp
                                  'run the script again')
     encoded, image_format, height, width = (
         (content, *item.kept_as) if item.kept_as else convert(content))
-    return flowers.make_example(
-        encoded, image_format, labels[item.class_name], height, width).SerializeToString()
+    example = flowers.make_example(encoded, image_format, labels[item.class_name], height, width)
+    return example.SerializeToString(deterministic=True)
 
-  paths = [os.path.join(dataset_dir, flowers.shard_name(split_name, i, num_shards, dataset_name))
-           for i in range(num_shards)]
-  writers = [tf.python_io.TFRecordWriter(path + '.tmp') for path in paths]
-  with tqdm.tqdm(desc=f'Writing {split_name}', total=len(items), unit=' images',
-                 disable=None) as progress:
+  with contextlib.ExitStack() as stack:
+    progress = stack.enter_context(tqdm.tqdm(
+        desc=description, total=len(items), unit=' images', disable=None))
+    writers = [stack.enter_context(tf.python_io.TFRecordWriter(path)) for path in paths]
     for start in range(0, len(items), WRITE_WINDOW):
       window = items[start:start + WRITE_WINDOW]
       for i, record in enumerate(pool.map(make_record, window), start):
-        writers[i % num_shards].write(record)
+        writers[i % len(writers)].write(record)
         progress.update()
-  for writer in writers:
-    writer.close()
-  return paths
 
 
-def write_rejected(rejected, image_dir, dataset_dir):
-  """Writes rejected.csv under a temporary name; returns its final path."""
-  path = os.path.join(dataset_dir, REJECTED_FILE)
-  with open(path + '.tmp', 'w', encoding='utf-8', newline='') as f:
+def write_rejected(rejected, image_dir, folder):
+  """Writes rejected.csv."""
+  with open(os.path.join(folder, REJECTED_FILE), 'w', encoding='utf-8', newline='') as f:
     writer = csv.writer(f)
     writer.writerow(['file', 'reason'])
     for item in rejected:
       writer.writerow([_printable(os.path.relpath(item.path, image_dir)), item.reason])
-  return path
 
 
-def write_labels(class_names, dataset_dir):
-  """Writes labels.txt under a temporary name; returns its final path."""
-  path = os.path.join(dataset_dir, flowers.LABELS_FILE)
-  with open(path + '.tmp', 'w', encoding='utf-8', newline='\n') as f:
+def write_labels(class_names, folder):
+  """Writes labels.txt."""
+  with open(os.path.join(folder, flowers.LABELS_FILE), 'w', encoding='utf-8', newline='\n') as f:
     f.writelines(f'{label}:{name}\n' for label, name in enumerate(class_names))
-  return path
-
-
-def replace_dataset(written, dataset_dir, dataset_name):
-  """Removes the old dataset and gives the new files their final names, labels.txt last."""
-  rejected_file = os.path.join(dataset_dir, REJECTED_FILE)
-  old = _shards(dataset_dir, dataset_name)
-  old += [rejected_file] if os.path.exists(rejected_file) else []
-  for path in set(old).difference(written):
-    os.remove(path)  # otherwise readers would mix old shards with new ones
-  for path in written:
-    os.replace(path + '.tmp', path)
 
 
 def print_table(class_names, splits, rejected):
   """Prints how many images of each class are in each split and how many were rejected."""
-  rejections = collections.Counter(item.class_name for item in rejected)
-  counts = {name: collections.Counter(item.class_name for item in split)
-            for name, split in splits.items()}
-  width = max(len('class'), len('total'), *map(len, class_names))
-  print(f'{"class":{width}} {"train":>10} {"validation":>10} {"rejected":>10}')
-  rows = [(name, *(counts.get(split, {}).get(name, 0) for split in flowers.SPLITS),
-           rejections[name]) for name in class_names]
-  for name, *numbers in [*rows, ('total', *map(sum, list(zip(*rows))[1:]))]:
-    print(f'{name:{width}} ' + ' '.join(f'{number:10}' for number in numbers))
+  columns = {name: splits.get(name, []) for name in flowers.SPLITS[:2]} | splits
+  columns['rejected'] = rejected
+  counts = [collections.Counter(item.class_name for item in items) for items in columns.values()]
+  listed = class_names[:MAX_LISTED_CLASSES]
+  width = max(len('class'), len('total'), *map(len, listed))
+  print(f'{"class":{width}} ' + ' '.join(f'{name:>10}' for name in columns))
+  for name in listed:
+    print(f'{name:{width}} ' + ' '.join(f'{count[name]:10}' for count in counts))
+  if len(listed) < len(class_names):
+    print(f'... and {len(class_names) - len(listed)} more classes')
+  print(f'{"total":{width}} ' + ' '.join(f'{count.total():10}' for count in counts))
+
+
+def print_classes_without_images(class_names, splits):
+  """Prints which classes have no images in the validation split or in another one."""
+  for split_name in flowers.SPLITS:
+    if split_name not in splits:
+      if split_name == 'validation':
+        print('Note: there is no validation split')
+      continue
+    without = sorted(set(class_names).difference(
+        item.class_name for item in splits[split_name]), key=class_names.index)
+    if without:
+      print(f'Note: the {split_name} split has no image of {len(without)} of {len(class_names)} '
+            f'classes ({", ".join(without[:3])}{", ..." if len(without) > 3 else ""})')
+
+
+def _subfolders(folder, dataset_dir):
+  """Returns {name: path} of the subfolders, without dataset_dir."""
+  if not os.path.isdir(folder):
+    raise flowers.DatasetError(f'There is no folder {folder}: is --image_dir right?')
+  folders = {}
+  for entry in _visible_entries(folder):
+    if entry.is_symlink() and not os.path.exists(entry.path):
+      raise flowers.DatasetError(f'{_printable(entry.path)} is a broken link: repair or remove it')
+    if not entry.is_dir():
+      continue
+    if os.path.realpath(entry.path) != os.path.realpath(dataset_dir):
+      folders[entry.name] = entry.path
+    elif _images_in(entry.path) or _has_classes(entry.path):
+      raise flowers.DatasetError(f'--dataset_dir {dataset_dir} is a class folder: choose another')
+  return folders
+
+
+def _has_classes(folder):
+  return not _images_in(folder) and any(entry.is_dir() for entry in _visible_entries(folder))
+
+
+def _images_in(folder):
+  """Returns the names of the files that look like images."""
+  return [entry.name for entry in _visible_entries(folder)
+          if not entry.is_dir() and entry.name.lower().endswith(image_files.SUFFIXES)]
 
 
 def _visible_entries(folder):
@@ -293,13 +424,6 @@ def _visible_entries(folder):
   with os.scandir(folder) as entries:
     return sorted((entry for entry in entries if not entry.name.startswith('.')),
                   key=lambda entry: os.fsencode(entry.name))
-
-
-def _check_class_name(name):
-  if name != name.strip() or not name.isprintable():
-    raise flowers.DatasetError(
-        f'The class folder {_printable(name)!r} cannot be written to labels.txt: use a UTF-8 name '
-        'without line breaks or leading or trailing spaces')
 
 
 def _read(path):
@@ -314,10 +438,19 @@ def _read(path):
     raise image_files.ImageError(f'it cannot be read: {error.strerror}') from error
 
 
-def _shards(dataset_dir, dataset_name):
+def _existing_files(dataset_dir, dataset_name):
+  """Returns the paths of the files that a new dataset replaces, beside labels.txt."""
   pattern = flowers.name_pattern(dataset_name)
-  return sorted(path for split in flowers.SPLITS for path in glob.glob(
-      os.path.join(glob.escape(dataset_dir), pattern.replace('%s', split))))
+  paths = [path for split_name in flowers.SPLITS for path in glob.glob(
+      os.path.join(glob.escape(dataset_dir), pattern.replace('%s', split_name)))]
+  rejected_file = os.path.join(dataset_dir, REJECTED_FILE)
+  return sorted(paths) + [rejected_file] * os.path.exists(rejected_file)
+
+
+def _other_shards(dataset_dir, dataset_name):
+  """Returns the TFRecord files in dataset_dir that belong to other datasets."""
+  return sorted(set(glob.glob(os.path.join(glob.escape(dataset_dir), '*.tfrecord*'))).difference(
+      _existing_files(dataset_dir, dataset_name)))
 
 
 def _printable(text):

@@ -15,6 +15,7 @@ the same for validation, and a `labels.txt` that names the classes in lines like
 """
 
 import collections
+import contextlib
 import functools
 import glob
 import os
@@ -24,7 +25,7 @@ import unicodedata
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
 
-from google.protobuf import message
+from google.protobuf import message as protobuf
 import numpy as np
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
@@ -186,8 +187,7 @@ def get_split(split_name, dataset_dir, file_pattern=None, reader=None, dataset_n
     A slim Dataset with data_sources (sorted paths), reader, decoder of the items
     'image' (uint8 [height, width, 3]) and 'label' (int64 []), num_samples (a count
     of the records), num_classes, labels_to_names, `records` (the
-    `tfrecords.Records` of the files), `keys_to_features`, and the last three
-    arguments.
+    `tfrecords.Records` of the files), and the last three arguments.
 
   Raises:
     ValueError: the split is unknown.
@@ -204,9 +204,6 @@ def get_split(split_name, dataset_dir, file_pattern=None, reader=None, dataset_n
   if not len(records):
     raise DatasetError('; '.join(records.damages) or f'{", ".join(files)} hold no records')
 
-  # Without defaults, so that a record that lacks a key is an error and not class 0.
-  keys_to_features = {image_key: tf.FixedLenFeature((), tf.string),
-                      label_key: tf.FixedLenFeature((), tf.int64)}
   items_to_handlers = {
       'image': slim.tfexample_decoder.ItemHandlerCallback(
           image_key, lambda features: xception_preprocessing.decode(features[image_key])),
@@ -216,18 +213,24 @@ def get_split(split_name, dataset_dir, file_pattern=None, reader=None, dataset_n
   dataset = slim.dataset.Dataset(
       data_sources=files,
       reader=reader or tf.TFRecordReader,
-      decoder=slim.tfexample_decoder.TFExampleDecoder(keys_to_features, items_to_handlers),
+      decoder=slim.tfexample_decoder.TFExampleDecoder(
+          _keys_to_features(image_key, label_key), items_to_handlers),
       num_samples=len(records),
       items_to_descriptions=ITEMS_TO_DESCRIPTIONS,
       num_classes=len(class_names),
       labels_to_names=dict(enumerate(class_names)),
       records=records,
-      keys_to_features=keys_to_features,
       image_key=image_key,
       label_key=label_key,
       labels_offset=labels_offset)
   _check_labels_offset(dataset)
   return dataset
+
+
+def _keys_to_features(image_key, label_key):
+  # Without defaults, so that a record that lacks a key is an error and not class 0.
+  return {image_key: tf.FixedLenFeature((), tf.string),
+          label_key: tf.FixedLenFeature((), tf.int64)}
 
 
 def _find_shards(dataset_dir, pattern):
@@ -386,7 +389,8 @@ def _endless_indices(num_images):
 def _load_image(dataset, height, width, is_training, seed, position, record):
   """Parses, decodes and preprocesses a record; returns its image, label and position."""
   def load():
-    features = tf.parse_single_example(record, dataset.keys_to_features)
+    features = tf.parse_single_example(
+        record, _keys_to_features(dataset.image_key, dataset.label_key))
     encoded = features[dataset.image_key]
     label = features[dataset.label_key] - dataset.labels_offset
     with tf.control_dependencies([tf.debugging.Assert(
@@ -469,7 +473,7 @@ def read_label(dataset, number):
   try:
     features = tf.train.Example.FromString(dataset.records[number]).features.feature
     label, = features[dataset.label_key].int64_list.value
-  except (tfrecords.RecordError, message.DecodeError, ValueError):
+  except (tfrecords.RecordError, protobuf.DecodeError, ValueError):
     return None
   return label - dataset.labels_offset
 
@@ -543,8 +547,17 @@ class RecordReader:
     except tf.errors.OpError as error:
       # The reason comes before the name of the operation that failed.
       message = error.message.split('[[{{node')[0].strip().splitlines()[-1]
-      raise tfrecords.RecordError(message) from error
+      raise tfrecords.RecordError(self._describe_label(record) or message) from error
     if not 0 <= label < self._dataset.num_classes:
       raise tfrecords.RecordError(f'its label is {label}, but labels.txt has the ids 0 to '
                                   f'{self._dataset.num_classes - 1}')
     return image, int(label)
+
+  def _describe_label(self, record):
+    """Returns what is wrong with a label that is not one number, such as a one-hot vector."""
+    with contextlib.suppress(protobuf.DecodeError):
+      label = tf.train.Example.FromString(record).features.feature[self._dataset.label_key]
+      if len(label.int64_list.value) > 1:
+        return (f'{self._dataset.label_key} has {len(label.int64_list.value)} values instead of '
+                'one, the id of the class')
+    return None

@@ -15,7 +15,10 @@ import tensorflow.compat.v1 as tf
 
 import xception_preprocessing
 
+SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff',
+            '.avif', '.heic', '.heif', '.jp2', '.ppm', '.pgm')
 MAX_PIXELS = 100_000_000  # a JPEG of 1 MB may claim more than memory holds
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a warning, would come before this one
 JPEG_QUALITY = 95
 
 EXIF_ORIENTATION = 0x0112
@@ -56,6 +59,9 @@ class Converter:
     except ImageError:
       raise
     except Image.UnidentifiedImageError as error:
+      if content[4:8] == b'ftyp':  # a box of the ISO base media file format
+        raise ImageError('it is a HEIC image or a video, which Pillow cannot read: convert it to '
+                         'JPEG, for instance with heif-convert') from error
       raise ImageError('it is not an image') from error
     except Exception as error:  # pylint: disable=broad-except
       # On damaged files Pillow raises almost anything: SyntaxError, ValueError, ...
@@ -71,7 +77,7 @@ class Converter:
       if self._shows_as(content, image, kind):
         return content, kind, image.height, image.width
     # As PNG, images from lossy formats would only take more space.
-    kind = 'jpg' if image.format in ('JPEG', 'MPO', 'WEBP') else 'png'
+    kind = 'jpg' if image.format in ('JPEG', 'MPO', 'WEBP', 'AVIF') else 'png'
     image = to_rgb(ImageOps.exif_transpose(image))
     encoded = io.BytesIO()
     if kind == 'jpg':

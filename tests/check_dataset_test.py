@@ -1,5 +1,6 @@
 """Tests of the check of a dataset: what it counts, and what it finds."""
 
+import contextlib
 import io
 import json
 import os
@@ -97,6 +98,25 @@ class CheckDatasetTest(tf.test.TestCase):
     pixels = np.asarray(Image.open(io.BytesIO(content)).convert('RGB'))
     self.assertBetween(pixels.shape[0], 100 * 128, 100 * 150)
     self.assertAllClose((pixels == [200, 0, 0]).all(-1).sum() / (200 * 128 * 96), 1, atol=0.02)
+
+  def test_no_good_record(self):
+    self.write('train', [(b'BM', 0), (1, 9)])
+    train = self.check()['splits']['train']
+    self.assertEqual((len(train['bad_records']), train['classes']), (2, {'cat': 0, 'dog': 0}))
+
+  def test_the_table_is_bounded(self):
+    with open(os.path.join(self.dir, 'labels.txt'), 'w', encoding='utf-8') as f:
+      f.writelines(f'{i}:same name\n' for i in range(600))
+    self.write('train', [(0, 0), (599, 599)])
+    self.write('test', [(1, 1)])
+    report = self.check()
+    self.assertEqual((report['splits']['train']['classes']['599:same name'],
+                      report['splits']['test']['classes']['1:same name']), (1, 1))
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+      check_dataset.print_report(report)
+    self.assertLess(len(output.getvalue().splitlines()), 40)
+    self.assertIn('... and 580 classes with more training images', output.getvalue())
 
   def run_script(self, *args):
     return subprocess.run(

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import csv
+import glob
 import hashlib
 import io
 import os
@@ -10,6 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+import unicodedata
 from unittest import mock
 
 import numpy as np
@@ -190,7 +193,7 @@ class CreateDatasetTest(tf.test.TestCase):
         'dog/loop': 'a folder inside a class folder',
         'dog/pipe.jpg': 'not a file'})
     self.assertStartsWith(self.rejected()['dog/truncated.jpg'], 'it cannot be decoded')
-    self.assertRegex(output, r'\ncat +3 +1 +6\ndog +3 +1 +5\ntotal +6 +2 +11\n$')
+    self.assertRegex(output, r'\ncat +3 +1 +6\ndog +3 +1 +5\ntotal +6 +2 +11\n11 files were')
 
   def test_good_files_with_odd_names(self):
     self.write_classes(cat=2, dog=2)
@@ -200,7 +203,7 @@ class CreateDatasetTest(tf.test.TestCase):
     self.write('elsewhere.bin', image_bytes(200))
     os.symlink('../elsewhere.bin', os.path.join(self.image_dir, 'dog', 'link.jpg'))
     self.create(num_shards=1)
-    encoded = [r[0] for split in flowers.SPLITS for r in self.features(split)]
+    encoded = [r[0] for split in ('train', 'validation') for r in self.features(split)]
     self.assertLen(encoded, 10)
     self.assertContainsSubset([image_bytes(100 + i) for i in range(5)] + [image_bytes(200)],
                               encoded)
@@ -215,7 +218,7 @@ class CreateDatasetTest(tf.test.TestCase):
     self.assertRegex(reasons['cat/000.jpg'], 'same content as .*cat/000 again.jpg$')
     self.assertRegex(reasons['cat/003.jpg'], 'same content as .*dog/cat.jpg in another class')
     self.assertRegex(reasons['dog/cat.jpg'], 'same content as .*cat/003.jpg in another class')
-    encoded = [r[0] for split in flowers.SPLITS for r in self.features(split)]
+    encoded = [r[0] for split in ('train', 'validation') for r in self.features(split)]
     self.assertLen(set(encoded), len(encoded))
 
   # Folders that are refused, without a trace.
@@ -248,6 +251,29 @@ class CreateDatasetTest(tf.test.TestCase):
     self.assertRefused('--num_shards 3 is more than the number of images in the train split, 2',
                        num_shards=3)
 
+  def test_folders_that_would_be_lost(self):
+    self.write_classes(cat=2, dog=2)
+    os.symlink('nowhere', os.path.join(self.image_dir, 'cow'))
+    self.assertRefused('cow is a broken link')
+    os.remove(os.path.join(self.image_dir, 'cow'))
+    self.dataset_dir = os.path.join(self.image_dir, 'dog')
+    self.assertRefused('--dataset_dir .*dog is a class folder')
+    self.dataset_dir = os.path.join(self.image_dir, 'records')
+    for overwrite in (False, True):  # its own output is no class
+      self.create(num_shards=1, overwrite=overwrite)
+    self.assertLen(self.features('train'), 2)
+    for name in ('Lo\u0308we', 'L\u00f6we'):
+      self.write(f'{name}/1.jpg', image_bytes(60))
+    self.assertRefused('two folders named L\u00f6we', overwrite=True)
+
+  def test_class_names_of_any_script(self):
+    names = sorted(['می‌خک', '👩‍🌾', '$x$', 'Lo\u0308we'])
+    for i, name in enumerate(names):
+      self.write(f'{name}/1.jpg', image_bytes(i))
+    self.create(num_shards=1)
+    self.assertEqual(flowers.read_labels(self.dataset_dir), [
+        unicodedata.normalize('NFC', name) for name in names])
+
   # What is there already.
 
   def test_nothing_is_replaced_without_overwrite(self):
@@ -259,7 +285,11 @@ class CreateDatasetTest(tf.test.TestCase):
     self.assertLen(os.listdir(self.dataset_dir), 9)
     self.write('cow/1.jpg', image_bytes(300))
     self.write('cow/2.jpg', image_bytes(301))
-    self.assertRefused('labels.txt exists: use --overwrite', dataset_name='third')
+    for overwrite in (False, True):  # the other dataset needs it
+      self.assertRefused('labels.txt has other classes and belongs to .*other_train', num_shards=1,
+                         overwrite=overwrite)
+    for path in glob.glob(os.path.join(self.dataset_dir, 'other_*')):
+      os.remove(path)
     self.create(num_shards=1, overwrite=True)
     # The old shards are not mixed in.
     self.assertLen(flowers.get_split('train', self.dataset_dir).data_sources, 1)
@@ -272,11 +302,86 @@ class CreateDatasetTest(tf.test.TestCase):
     with mock.patch.object(creation, 'write_labels', side_effect=KeyboardInterrupt):
       with self.assertRaises(KeyboardInterrupt):
         self.create(seed=5, overwrite=True)
-    after = self.digests()
-    self.assertContainsSubset(before.items(), after.items())
-    self.assertTrue(all(name.endswith('.tmp') for name in after if name not in before))
+    self.assertEqual(self.digests(), before)
     self.create(seed=5, overwrite=True)
     self.assertEqual(sorted(os.listdir(self.dataset_dir)), sorted(before))
+
+  def test_an_error_leaves_nothing(self):
+    self.write_classes(cat=6, dog=6)
+    full = tf.errors.ResourceExhaustedError(None, None, 'No space left on device')
+    with mock.patch.object(tf.python_io.TFRecordWriter, 'write', side_effect=full):
+      with self.assertRaises(tf.errors.ResourceExhaustedError):
+        self.create()
+    self.assertFalse(os.path.exists(self.dataset_dir))
+
+  def test_a_name_that_begins_like_another(self):
+    self.write_classes(cat=6, dog=6)
+    self.create(dataset_name='flowers_train', validation_fraction=0)
+    self.create(dataset_name='[f]*%s', validation_fraction=0)
+    before = self.digests()
+    self.create(validation_fraction=0)
+    self.create(validation_fraction=0, overwrite=True, num_shards=1, seed=3)
+    self.assertContainsSubset(before.items(), self.digests().items())
+    self.assertLen(os.listdir(self.dataset_dir), 6)
+    for name in ('', 'a/b', 'a\n'):
+      self.assertRefused('cannot begin a file name', dataset_name=name)
+
+  # Images that are split already.
+
+  def test_splits_as_they_are(self):
+    for number, name in enumerate(['train/dog', 'train/cat', 'val/cat', 'val/dog', 'test/cat']):
+      for i in range(3):
+        self.write(f'{name}/{i}.jpg', image_bytes([number, i]))
+    self.write('val/cat/leak.jpg', image_bytes([1, 0]))
+    self.write('train/labels.csv', b'not an image')
+    output = self.create(num_shards=1)
+    self.assertEqual([line.split() for line in output.splitlines()[:4]], [
+        ['class', 'train', 'validation', 'test', 'rejected'], ['cat', '3', '3', '3', '1'],
+        ['dog', '3', '3', '0', '0'], ['total', '6', '6', '3', '1']])
+    self.assertIn('Note: the test split has no image of 1 of 2 classes (dog)\n', output)
+    for split, numbers in (('train', [1, 0]), ('validation', [2, 3]), ('test', [4])):
+      self.assertCountEqual([(r[0], r[2]) for r in self.features(split)], [
+          (image_bytes([number, i]), label) for label, number in enumerate(numbers)
+          for i in range(3)])
+    self.assertRefused('is split into train, validation, test already: leave out',
+                       validation_fraction=0.2, overwrite=True)
+    self.write('val/cow/1.jpg', image_bytes(8))
+    self.assertRefused('val has the class cow, but .*train does not', overwrite=True)
+    self.write('valid/cat/1.jpg', image_bytes(9))
+    self.assertRefused('need one folder of each of train', overwrite=True)
+
+  def test_classes_without_validation_images(self):
+    self.write_classes(one=1, two=2, three=3)
+    self.assertIn('Note: the validation split has no image of 1 of 3 classes (one)\n',
+                  self.create(num_shards=1))
+    shutil.rmtree(self.image_dir)
+    self.write_classes(one=1, two=1, three=1)
+    self.assertIn('Note: there is no validation split\n',
+                  self.create(num_shards=1, overwrite=True))
+
+  def test_many_classes(self):
+    class_names = [f'class{i}' for i in range(20000)]
+    items = [creation.Item(f'{name}/{i}', None, name, None, f'{name}/{i}', None)
+             for name in class_names for i in range(2)]
+    start = time.process_time()
+    splits = creation.split_items(creation.reject_duplicates(items), class_names, 0.5, 0)
+    self.assertLess(time.process_time() - start, 10)
+    self.assertEqual([len(split) for split in splits.values()], [20000, 20000])
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+      creation.print_table(class_names, splits, [])
+    self.assertLen(output.getvalue().splitlines(), 53)
+
+  def test_the_same_files_from_every_process(self):
+    self.write_classes(cät=3, 犬=3)
+    digests = []
+    for hash_seed in ('1', '2'):
+      subprocess.run([sys.executable, os.path.join(PROJECT, 'create_tfrecords.py'), '--image_dir',
+                      self.image_dir, '--dataset_dir', self.dataset_dir, '--overwrite'], check=True,
+                     capture_output=True, env={**os.environ, 'PYTHONHASHSEED': hash_seed,
+                                                'PYTHONIOENCODING': 'ascii'})
+      digests.append(self.digests())
+    self.assertEqual(digests[0], digests[1])
 
   def test_the_script(self):
     self.write_classes(cat=3, dog=3)

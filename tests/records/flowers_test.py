@@ -410,6 +410,11 @@ class FlowersTest(tf.test.TestCase):
     example.features.feature['image/class/label'].bytes_list.value.append(b'1')
     self.check_bad_record(example, 'image/class/label.*Data types don.t match')
 
+  def test_a_one_hot_label(self):
+    example = flowers.make_example(encoded_image(1), 'jpg', 1, 90, 110)
+    example.features.feature['image/class/label'].int64_list.value.append(0)
+    self.check_bad_record(example, 'image/class/label has 2 values instead of one')
+
   def test_an_image_that_does_not_decode(self):
     encoded = encoded_image(1)
     for broken in (encoded[:len(encoded) // 2], b'', b'<html>not found</html>', b'\xff\xd8\xff'):
