@@ -91,7 +91,7 @@ def restore_weights(plan, args, workers):
   if not args.checkpoint_path or not workers.is_chief:
     return None
   restoration = fine_tuning.restore(args.checkpoint_path, args.checkpoint_exclude_scopes,
-                                    args.ignore_missing_vars)
+                                    args.ignore_missing_vars, args.use_averages)
   print(restoration.report)
   return restoration.init_fn
 
