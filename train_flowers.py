@@ -32,6 +32,7 @@ from training import log_folder
 from training import optimization
 from training import options
 from training import plan as training_plan
+from training import saving
 from training import step as training_step
 import xception
 
@@ -110,9 +111,10 @@ def build_hooks(plan, args, train_step, scaffold, workers):
   }
   if workers.is_chief:
     hooks.update(build_chief_hooks(plan, args, train_step, scaffold, writer))
+  best = evaluation_hook.read_best(plan.log_dir, plan.config, plan.start_step)
   if args.eval_every_epochs:
     # Every worker compares with the chief's best, so that all stop at the same step.
-    best = workers.all_gather(evaluation_hook.read_best(plan.log_dir))[0]
+    best = workers.all_gather(best)[0]
     hooks['evaluation'] = evaluation_hook.EvaluationHook(
         evaluator.Evaluator(
             plan.validation, plan.config,
@@ -174,7 +176,7 @@ def train(plan, args, recipe, session_config, workers):
                        for v in fine_tuning.trainable_variables(args.trainable_scopes))
   print(f'{num_parameters:,} trainable parameters', flush=True)
   workers.require_same(training_plan.settings_to_share(plan, args, recipe))
-  scaffold = tf.train.Scaffold(saver=log_folder.make_saver(plan.log_dir, args.max_to_keep),
+  scaffold = tf.train.Scaffold(saver=saving.Saver(plan.log_dir, args.max_to_keep),
                                init_fn=restore_weights(plan, args, workers))
   hooks = build_hooks(plan, args, train_step, scaffold, workers)
   reached, stopped_by = training_step.run_training(

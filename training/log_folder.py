@@ -17,7 +17,6 @@ import tensorflow.compat.v1 as tf
 from common import checkpoints
 from common import files
 
-CHECKPOINT_NAME = 'model.ckpt'  # tf.train.CheckpointSaverHook's
 LOCK_FILE = 'train.lock'
 RUNS_FILE = 'runs.jsonl'
 
@@ -61,17 +60,6 @@ def lock(log_dir):
 def scratch():
   """Returns a context with a temporary folder for a worker whose files nobody keeps."""
   return tempfile.TemporaryDirectory(prefix='train_flowers_')
-
-
-def make_saver(folder, max_to_keep):
-  """Returns a tf.train.Saver of the default graph that also deletes the folder's old checkpoints.
-
-  The paths that it stores are relative, so the folder can be moved.
-  """
-  saver = tf.train.Saver(max_to_keep=max_to_keep, save_relative_paths=True)
-  saver.recover_last_checkpoints([path for path in checkpoints.list_checkpoints(folder)
-                                  if os.path.basename(path).startswith(f'{CHECKPOINT_NAME}-')])
-  return saver
 
 
 def load_or_create_config(dataset, log_dir, checkpoint, image_size, depth_multiplier, seed):
