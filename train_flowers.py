@@ -130,7 +130,7 @@ def build_hooks(plan, args, train_step, scaffold, workers):
 
 def build_chief_hooks(plan, args, train_step, scaffold, writer):
   """Returns the hooks that write checkpoints and summaries: {name: hook}."""
-  log_folder.record_start(plan.log_dir, plan.start_step, plan.devices, writer)
+  log_folder.record_start(plan.log_dir, plan.start_step, plan.dataset, plan.devices, writer)
   hooks = {
       'checkpoints': tf.train.CheckpointSaverHook(
           plan.log_dir, None if args.save_interval_steps else args.save_interval_secs,
