@@ -111,10 +111,10 @@ def build_hooks(plan, args, train_step, scaffold, workers):
   }
   if workers.is_chief:
     hooks.update(build_chief_hooks(plan, args, train_step, scaffold, writer))
-  best = evaluation_hook.read_best(plan.log_dir, plan.config, plan.start_step)
   if args.eval_every_epochs:
     # Every worker compares with the chief's best, so that all stop at the same step.
-    best = workers.all_gather(best)[0]
+    best = workers.all_gather(
+        evaluation_hook.read_best(plan.log_dir, plan.config, plan.start_step))[0]
     hooks['evaluation'] = evaluation_hook.EvaluationHook(
         evaluator.Evaluator(
             plan.validation, plan.config,

@@ -107,6 +107,10 @@ class EvaluationHook(tf.train.SessionRunHook):
             'uses_averages': evaluation.uses_averages}
 
   def _keep(self, session, found):
+    if self._best is None and os.path.isdir(self._best_dir):
+      os.rename(self._best_dir, next(
+          path for path in (f'{self._best_dir}.old{i or ""}' for i in itertools.count())
+          if not os.path.exists(path)))
     os.makedirs(self._best_dir, exist_ok=True)
     checkpoints.save_config(self._config, self._best_dir)
     # The metrics replace the old ones together with the checkpoint: `read_best` completes
@@ -123,7 +127,8 @@ class EvaluationHook(tf.train.SessionRunHook):
 def read_best(log_dir, config, start_step):
   """Reads the metrics of a run's best checkpoint.
 
-  A `best` that is damaged or belongs to another run is renamed, with a warning.
+  A `best` that is damaged or belongs to another run does not count; the hook renames it
+  before it saves its own.
 
   Args:
     log_dir: the run's folder.
@@ -139,11 +144,7 @@ def read_best(log_dir, config, start_step):
   try:
     return _read_metrics(best_dir, config, start_step)
   except (OSError, ValueError, KeyError, TypeError, checkpoints.CheckpointError) as error:
-    kept = next(path for path in (f'{best_dir}.old{i or ""}' for i in itertools.count())
-                if not os.path.exists(path))
-    os.rename(best_dir, kept)
-    print(f'Warning: {best_dir} was renamed to {kept} and does not count: {error}',
-          file=sys.stderr)
+    print(f'Warning: {best_dir} does not count and will be renamed: {error}', file=sys.stderr)
     return None
 
 

@@ -96,11 +96,11 @@ class BestTest(RunTestCase):
     self.metrics_file = os.path.join(self.best_dir, 'metrics.json')
     self.config = checkpoints.ModelConfig(['daisy'], 71, 1.0, seed=1)
 
-  def save_best(self, step, accuracy):
-    """Writes a best checkpoint as training does."""
+  def save_best(self, step, accuracy, best=True):
+    """Writes a best checkpoint as training does; `best` is None for the first one."""
     with tf.Graph().as_default(), tf.Session() as session:
       hook = evaluation_hook.EvaluationHook(
-          mock.Mock(), tf.train.create_global_step(), None, self.log_dir, self.config, 1, 10, None)
+          mock.Mock(), tf.train.create_global_step(), None, self.log_dir, self.config, 1, 10, best)
       hook.begin()
       session.run(tf.global_variables_initializer())
       tf.train.get_global_step().load(step, session)
@@ -127,10 +127,10 @@ class BestTest(RunTestCase):
       self.save_best(3, 0.5)
       best, message = self.read_best(**kwargs)
       self.assertIsNone(best)
-      self.assertIn(f'{self.best_dir} was renamed to {self.best_dir}.old{i or ""} and does not '
-                    f'count: {problem}', message)
+      self.assertIn(f'{self.best_dir} does not count and will be renamed: {problem}', message)
+      self.save_best(1, 0.4, best=None)
       self.assertEqual(self.steps(f'{self.best_dir}.old{i or ""}'), [3])
-      self.assertFalse(os.path.exists(self.best_dir))
+      self.assertEqual(self.steps(self.best_dir), [1])
 
   def test_a_kill_leaves_metrics_that_match_the_checkpoint(self):
     self.save_best(3, 0.5)
@@ -155,14 +155,16 @@ class BestTest(RunTestCase):
       damage()
       best, message = self.read_best()
       self.assertIsNone(best)
-      self.assertIn('was renamed to', message)
+      self.assertIn('does not count', message)
 
   def test_a_deleted_run_does_not_decide_for_a_new_one(self):
     self.train('--max_number_of_steps', '2', '--eval_every_epochs', '0.01')
     for path in glob.glob(os.path.join(self.log_dir, '[cm]*')):
       os.remove(path)
-    output = self.train('--max_number_of_steps', '1', '--eval_every_epochs', '0.01')
-    self.assertIn('best.old and does not count', output)
+    output = self.train('--max_number_of_steps', '1', '--eval_every_epochs', '0.01',
+                        '--checkpoint_path', self.best_dir)
+    self.assertRegex(output, rf'Starting from (\d+) of \1 variables of {self.best_dir}/model')
+    self.assertIn(f'{self.best_dir} does not count and will be renamed: it is of step', output)
     self.assertRegex(output, r'validation at step 1: .*; best: \d.\d{4} at step 1')
     self.assertEqual(self.steps(self.best_dir), [1])
 
