@@ -270,7 +270,10 @@ def check_same_model(asked, found, log_dir):
 
 
 def _list_folder(folder):
-  return os.listdir(folder) if os.path.isdir(folder) else []
+  """Returns the names of the files in a folder, which need not exist."""
+  if not os.path.isdir(folder):
+    return []
+  return [entry.name for entry in os.scandir(folder) if entry.is_file()]
 
 
 def _complete_names(folder):

@@ -1,4 +1,4 @@
-"""Tests of the training loop: signals, skipped steps and the errors that it explains."""
+"""Tests of the training loop: signals, skipped steps, progress and explained errors."""
 
 import contextlib
 import io
@@ -94,6 +94,21 @@ class SkippedStepsTest(tf.test.TestCase):
     for unused in (evaluator, saver, writer):
       self.assertEqual(unused.mock_calls, [])
     self.assertEqual(os.listdir(folder), ['eval'])
+
+
+class ProgressTest(tf.test.TestCase):
+
+  def test_the_time_left_has_more_than_24_hours(self):
+    plan = types.SimpleNamespace(start_step=0, max_steps=1001,
+                                 dataset=types.SimpleNamespace(num_samples=10))
+    hook = training_hooks.ProgressHook(None, None, None, None, 2, 1, plan, 1, mock.Mock())
+    values = types.SimpleNamespace(results={'step': 1, 'images': 2, 'loss': 0.5, 'accuracy': 1.0})
+    with mock.patch.object(training_hooks.time, 'perf_counter', side_effect=[0.0, 183.845, 0.0]), \
+         contextlib.redirect_stdout(io.StringIO()) as output:
+      hook.after_create_session(None, None)
+      hook.after_run(None, values)
+    self.assertEqual(output.getvalue(), 'global step 1/1001: loss = 0.5000, accuracy = 1.000 '
+                     '(183.845 sec/step, 0.0 images/sec, epoch 0.20, 51:04:05 left)\n')
 
 
 class ExplainTest(tf.test.TestCase):
