@@ -32,6 +32,7 @@ from training import log_folder
 from training import optimization
 from training import options
 from training import plan as training_plan
+from training import saving
 from training import step as training_step
 import xception
 
@@ -91,7 +92,7 @@ def restore_weights(plan, args, workers):
   if not args.checkpoint_path or not workers.is_chief:
     return None
   restoration = fine_tuning.restore(args.checkpoint_path, args.checkpoint_exclude_scopes,
-                                    args.ignore_missing_vars)
+                                    args.ignore_missing_vars, args.use_averages)
   print(restoration.report)
   return restoration.init_fn
 
@@ -112,7 +113,8 @@ def build_hooks(plan, args, train_step, scaffold, workers):
     hooks.update(build_chief_hooks(plan, args, train_step, scaffold, writer))
   if args.eval_every_epochs:
     # Every worker compares with the chief's best, so that all stop at the same step.
-    best = workers.all_gather(evaluation_hook.read_best(plan.log_dir))[0]
+    best = workers.all_gather(
+        evaluation_hook.read_best(plan.log_dir, plan.config, plan.start_step))[0]
     hooks['evaluation'] = evaluation_hook.EvaluationHook(
         evaluator.Evaluator(
             plan.validation, plan.config,
@@ -128,7 +130,7 @@ def build_hooks(plan, args, train_step, scaffold, workers):
 
 def build_chief_hooks(plan, args, train_step, scaffold, writer):
   """Returns the hooks that write checkpoints and summaries: {name: hook}."""
-  log_folder.record_start(plan.log_dir, plan.start_step, plan.devices, writer)
+  log_folder.record_start(plan.log_dir, plan.start_step, plan.dataset, plan.devices, writer)
   hooks = {
       'checkpoints': tf.train.CheckpointSaverHook(
           plan.log_dir, None if args.save_interval_steps else args.save_interval_secs,
@@ -174,7 +176,7 @@ def train(plan, args, recipe, session_config, workers):
                        for v in fine_tuning.trainable_variables(args.trainable_scopes))
   print(f'{num_parameters:,} trainable parameters', flush=True)
   workers.require_same(training_plan.settings_to_share(plan, args, recipe))
-  scaffold = tf.train.Scaffold(saver=log_folder.make_saver(plan.log_dir, args.max_to_keep),
+  scaffold = tf.train.Scaffold(saver=saving.Saver(plan.log_dir, args.max_to_keep),
                                init_fn=restore_weights(plan, args, workers))
   hooks = build_hooks(plan, args, train_step, scaffold, workers)
   reached, stopped_by = training_step.run_training(

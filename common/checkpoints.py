@@ -192,7 +192,7 @@ def stored_names(checkpoint, names, use_averages='auto'):
   has_averages = all(average in stored for average in averages.values())
   if use_averages == 'yes' and not has_averages:
     raise CheckpointError(f'{checkpoint} has no averages of the weights: train with '
-                          '--moving_average_decay, or evaluate the weights themselves')
+                          '--moving_average_decay, or use the weights themselves')
   if use_averages == 'no' or not has_averages:
     return {name: name for name in names}, False
   return averages, True
@@ -270,7 +270,10 @@ def check_same_model(asked, found, log_dir):
 
 
 def _list_folder(folder):
-  return os.listdir(folder) if os.path.isdir(folder) else []
+  """Returns the names of the files in a folder, which need not exist."""
+  if not os.path.isdir(folder):
+    return []
+  return [entry.name for entry in os.scandir(folder) if entry.is_file()]
 
 
 def _complete_names(folder):

@@ -1,7 +1,9 @@
 """Evaluation during training: keeps the best checkpoint and stops once nothing improves."""
 
+import itertools
 import json
 import os
+import sys
 
 import tensorflow.compat.v1 as tf
 import tqdm
@@ -9,11 +11,12 @@ import tqdm
 from common import checkpoints
 from common import files
 from evaluation import metrics
-from training import log_folder
+from training import saving
 
 BEST_DIR = 'best'  # in the log folder
 EVAL_DIR = 'eval'  # in the log folder, where eval_flowers.py writes too
 METRICS_FILE = 'metrics.json'
+NEXT_SUFFIX = '.next'  # of the metrics whose checkpoint is being saved
 
 
 class EvaluationHook(tf.train.SessionRunHook):
@@ -55,18 +58,22 @@ class EvaluationHook(tf.train.SessionRunHook):
     self._best = best
 
   def begin(self):
-    self._best_saver = log_folder.make_saver(self._best_dir, max_to_keep=1)
+    self._best_saver = saving.Saver(self._best_dir, max_to_keep=1)
     self._writer = tf.summary.FileWriter(os.path.join(self._log_dir, EVAL_DIR))
+
+  def after_create_session(self, session, coord):
+    self._step = session.run(tf.train.get_global_step())  # a step that is skipped repeats it
 
   def before_run(self, run_context):
     return tf.train.SessionRunArgs(self._global_step)
 
   def after_run(self, run_context, run_values):
     step = int(run_values.results)
-    if step % self._every_n_steps and step != self._max_steps:
+    if step == self._step or (step % self._every_n_steps and step != self._max_steps):
       return
+    self._step = step
     checkpoint = self._saver.save(
-        run_context.session, os.path.join(self._log_dir, log_folder.CHECKPOINT_NAME), step,
+        run_context.session, os.path.join(self._log_dir, saving.CHECKPOINT_NAME), step,
         write_meta_graph=False)
     found = self._evaluate(checkpoint, step)
     if self._best is None or _rank(found) > _rank(self._best):
@@ -100,32 +107,68 @@ class EvaluationHook(tf.train.SessionRunHook):
             'uses_averages': evaluation.uses_averages}
 
   def _keep(self, session, found):
+    if self._best is None and os.path.isdir(self._best_dir):
+      os.rename(self._best_dir, next(
+          path for path in (f'{self._best_dir}.old{i or ""}' for i in itertools.count())
+          if not os.path.exists(path)))
     os.makedirs(self._best_dir, exist_ok=True)
     checkpoints.save_config(self._config, self._best_dir)
-    self._best_saver.save(session, os.path.join(self._best_dir, log_folder.CHECKPOINT_NAME),
-                          found['global_step'], write_meta_graph=False)
-    files.write_atomically(os.path.join(self._best_dir, METRICS_FILE),
+    # The metrics replace the old ones together with the checkpoint: `read_best` completes
+    # or discards what a kill in between leaves.
+    metrics_file = os.path.join(self._best_dir, METRICS_FILE)
+    files.write_atomically(metrics_file + NEXT_SUFFIX,
                            (json.dumps(found, indent=2) + '\n').encode())
+    self._best_saver.save(session, os.path.join(self._best_dir, saving.CHECKPOINT_NAME),
+                          found['global_step'], write_meta_graph=False)
+    os.replace(metrics_file + NEXT_SUFFIX, metrics_file)
     self._best = found
 
 
-def read_best(log_dir):
-  """Returns global_step, accuracy and loss of log_dir's best checkpoint, or None.
+def read_best(log_dir, config, start_step):
+  """Reads the metrics of a run's best checkpoint.
 
-  Raises:
-    checkpoints.CheckpointError: metrics.json is damaged.
+  A `best` that is damaged or belongs to another run does not count; the hook renames it
+  before it saves its own.
+
+  Args:
+    log_dir: the run's folder.
+    config: the run's ModelConfig.
+    start_step: the step that training starts from.
+
+  Returns:
+    Its global_step, accuracy and loss, or None without one.
   """
   best_dir = os.path.join(log_dir, BEST_DIR)
-  try:
-    with open(os.path.join(best_dir, METRICS_FILE), encoding='utf-8') as f:
-      found = json.load(f)
-      return {name: found[name] for name in ('global_step', 'accuracy', 'loss')}
-  except FileNotFoundError:
+  if not os.path.isdir(best_dir):
     return None
-  except (ValueError, KeyError) as error:
+  try:
+    return _read_metrics(best_dir, config, start_step)
+  except (OSError, ValueError, KeyError, TypeError, checkpoints.CheckpointError) as error:
+    print(f'Warning: {best_dir} does not count and will be renamed: {error}', file=sys.stderr)
+    return None
+
+
+def _read_metrics(best_dir, config, start_step):
+  """Returns the metrics in `best`, or raises a CheckpointError if they do not count."""
+  metrics_file = os.path.join(best_dir, METRICS_FILE)
+  for path in (metrics_file + NEXT_SUFFIX, metrics_file):
+    if not os.path.exists(path):
+      continue
+    with open(path, encoding='utf-8') as f:
+      found = json.load(f)
+    best = {name: found[name] for name in ('global_step', 'accuracy', 'loss')}
+    checkpoint = os.path.join(best_dir, f'{saving.CHECKPOINT_NAME}-{best["global_step"]}')
+    if checkpoint == checkpoints.find(best_dir):
+      os.replace(path, metrics_file)
+      break
+  else:
+    raise checkpoints.CheckpointError('its newest checkpoint has no metrics')
+  if best['global_step'] > start_step:
     raise checkpoints.CheckpointError(
-        f'{best_dir}/{METRICS_FILE} cannot be read ({error}): remove {best_dir}, '
-        'or choose another --log_dir') from error
+        f'it is of step {best["global_step"]}, and training starts from step {start_step}')
+  if checkpoints.load_config(checkpoint) != config:
+    raise checkpoints.CheckpointError('it belongs to another run')
+  return best
 
 
 def _rank(found):

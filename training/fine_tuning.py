@@ -48,7 +48,8 @@ def arg_scope(trainable_scopes=()):
   not update them, so later layers see the same inputs as during evaluation.
   """
   def batch_norm(inputs, **kwargs):
-    if not tf.get_variable_scope().name.startswith(tuple(trainable_scopes)):
+    statistics = f'{tf.get_variable_scope().name}/BatchNorm/moving_mean'
+    if not statistics.startswith(tuple(trainable_scopes)):
       kwargs['is_training'] = False
     return slim.batch_norm(inputs, **kwargs)
 
@@ -57,7 +58,7 @@ def arg_scope(trainable_scopes=()):
   return slim.arg_scope([slim.conv2d, slim.separable_conv2d], normalizer_fn=batch_norm)
 
 
-def restore(checkpoint_path, exclude_scopes=(), ignore_missing_vars=False):
+def restore(checkpoint_path, exclude_scopes=(), ignore_missing_vars=False, use_averages='auto'):
   """Prepares to restore the default graph's network from a checkpoint.
 
   A head with a different number of classes is left out.
@@ -67,6 +68,7 @@ def restore(checkpoint_path, exclude_scopes=(), ignore_missing_vars=False):
     exclude_scopes: scopes whose variables keep their initial values.
     ignore_missing_vars: whether variables that the checkpoint lacks keep their
       initial values; otherwise they are an error.
+    use_averages: 'auto', 'yes' or 'no', see `checkpoints.stored_names`.
 
   Returns:
     A Restoration.
@@ -76,7 +78,7 @@ def restore(checkpoint_path, exclude_scopes=(), ignore_missing_vars=False):
       fit, or a scope contains no variable.
   """
   checkpoint = checkpoints.find(None, checkpoint_path)
-  stored = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
+  stored = checkpoints.open_checkpoint(checkpoint).get_variable_to_shape_map()
   variables = slim.get_model_variables()
   _require_known(exclude_scopes, variables, '--checkpoint_exclude_scopes')
   wanted = [variable for variable in variables
@@ -99,8 +101,11 @@ def restore(checkpoint_path, exclude_scopes=(), ignore_missing_vars=False):
   restored = [variable for variable in found if variable not in others]
   if not restored:
     raise checkpoints.CheckpointError(f'Nothing is left to restore from {checkpoint}')
-  saver = tf.train.Saver(restored)
-  report = f'Starting from {len(restored)} of {len(variables)} variables of {checkpoint}'
+  names, are_averages = checkpoints.stored_names(
+      checkpoint, [variable.op.name for variable in restored], use_averages)
+  saver = tf.train.Saver({names[variable.op.name]: variable for variable in restored})
+  report = (f'Starting from {len(restored)} of {len(variables)} variables of {checkpoint}, '
+            f'{"their Polyak averages" if are_averages else "as trained, not averaged"}')
   if others:
     head = others[0]
     report += (f'; its head is left out: {stored[head.op.name][-1]} classes there, '

@@ -3,7 +3,9 @@
 import functools
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 
 import tensorflow.compat.v1 as tf
@@ -49,6 +51,7 @@ class ProgressHook(tf.train.SessionRunHook):
       self._fetches['images'] = self._next_image.read_value()
 
   def after_create_session(self, session, coord):
+    self._step = self._plan.start_step
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=self._plan.total_images, initial=self._plan.first_image,
                             unit=' images', dynamic_ncols=True)
@@ -60,6 +63,9 @@ class ProgressHook(tf.train.SessionRunHook):
   def after_run(self, run_context, run_values):
     values = run_values.results
     step = int(values['step'])
+    if step == self._step:  # float16 skipped it
+      return
+    self._step = step
     self._losses.append(values['loss'])
     self._accuracies.append(values['accuracy'])
     if self._bar is not None:
@@ -204,8 +210,8 @@ class ProfileHook(tf.train.SessionRunHook):
     return tf.train.SessionRunArgs(self._global_step, options=trace)
 
   def after_run(self, run_context, run_values):
-    self._step = int(run_values.results)
-    if self._step not in self._steps:
+    previous, self._step = self._step, int(run_values.results)
+    if self._step == previous or self._step not in self._steps:
       return
     trace = timeline.Timeline(run_values.run_metadata.step_stats).generate_chrome_trace_format()
     files.write_atomically(os.path.join(self._log_dir, f'timeline-{self._step}.json'),
@@ -217,7 +223,8 @@ class ProfileHook(tf.train.SessionRunHook):
 class StopOnSignalHook(tf.train.SessionRunHook):
   """On Ctrl-C or SIGTERM, finishes the current step and stops training, which saves.
 
-  A second signal ends the process at once; the last checkpoint stays intact.
+  A second signal ends the process at once, whatever it waits for; the last
+  checkpoint stays intact. Signals are received while the hook's context lasts.
 
   Attributes:
     received: name of the signal, such as 'SIGINT', or None.
@@ -228,23 +235,31 @@ class StopOnSignalHook(tf.train.SessionRunHook):
     self.received = None
     self._workers = workers
 
-  def begin(self):
+  def __enter__(self):
+    self._read_socket, self._write_socket = socket.socketpair()
+    self._write_socket.setblocking(False)
+    signal.set_wakeup_fd(self._write_socket.fileno())
     for signal_number in (signal.SIGINT, signal.SIGTERM):
-      signal.signal(signal_number, self._receive)
+      signal.signal(signal_number, lambda *_: None)  # which writes the number to the socket
+    threading.Thread(target=self._receive, daemon=True).start()
+    return self
 
   def after_run(self, run_context, run_values):
     if self.received:
       self._workers.request_stop(run_context)
 
-  def end(self, session):
-    self._restore_defaults()
-
-  def _receive(self, signal_number, frame):
-    self.received = signal.Signals(signal_number).name
-    self._restore_defaults()
-    print(f'\n{self.received}: finishing this step, then saving. '
-          'Once more ends at once, without saving.', file=sys.stderr, flush=True)
-
-  def _restore_defaults(self):
+  def __exit__(self, *_):
     for signal_number in (signal.SIGINT, signal.SIGTERM):
       signal.signal(signal_number, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    self._write_socket.close()
+
+  def _receive(self):
+    """Waits for signals in a thread, since the main one may be blocked in a step."""
+    while number := self._read_socket.recv(1):
+      if self.received:
+        os._exit(128 + number[0])
+      self.received = signal.Signals(number[0]).name
+      print(f'\n{self.received}: finishing this step, then saving. '
+            'Once more ends at once, without saving.', file=sys.stderr, flush=True)
+    self._read_socket.close()

@@ -3,10 +3,12 @@
 import contextlib
 import datetime
 import fcntl
+import glob
 import json
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,9 +19,9 @@ import tensorflow.compat.v1 as tf
 from common import checkpoints
 from common import files
 
-CHECKPOINT_NAME = 'model.ckpt'  # tf.train.CheckpointSaverHook's
 LOCK_FILE = 'train.lock'
 RUNS_FILE = 'runs.jsonl'
+SCRATCH_PREFIX = 'train_flowers_'  # and the process, in the folder of temporary files
 
 
 class LogFolderError(Exception):
@@ -59,19 +61,25 @@ def lock(log_dir):
 
 
 def scratch():
-  """Returns a context with a temporary folder for a worker whose files nobody keeps."""
-  return tempfile.TemporaryDirectory(prefix='train_flowers_')
+  """Returns a context with a temporary folder for a worker whose files nobody keeps.
 
-
-def make_saver(folder, max_to_keep):
-  """Returns a tf.train.Saver of the default graph that also deletes the folder's old checkpoints.
-
-  The paths that it stores are relative, so the folder can be moved.
+  Workers that were killed leave theirs, which are removed here.
   """
-  saver = tf.train.Saver(max_to_keep=max_to_keep, save_relative_paths=True)
-  saver.recover_last_checkpoints([path for path in checkpoints.list_checkpoints(folder)
-                                  if os.path.basename(path).startswith(f'{CHECKPOINT_NAME}-')])
-  return saver
+  for folder in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), f'{SCRATCH_PREFIX}*_*')):
+    pid = os.path.basename(folder)[len(SCRATCH_PREFIX):].split('_')[0]
+    if pid.isdecimal() and not _is_alive(int(pid)):
+      shutil.rmtree(folder, ignore_errors=True)
+  return tempfile.TemporaryDirectory(prefix=f'{SCRATCH_PREFIX}{os.getpid()}_')
+
+
+def _is_alive(pid):
+  try:
+    os.kill(pid, 0)  # sends nothing
+  except ProcessLookupError:
+    return False
+  except (PermissionError, OverflowError):  # another user's process; not a process's number
+    pass
+  return True
 
 
 def load_or_create_config(dataset, log_dir, checkpoint, image_size, depth_multiplier, seed):
@@ -103,19 +111,30 @@ def load_or_create_config(dataset, log_dir, checkpoint, image_size, depth_multip
   return config
 
 
-def record_start(log_dir, start_step, devices, summary_writer):
+def record_start(log_dir, start_step, dataset, devices, summary_writer):
   """Records this start's command, devices and versions in runs.jsonl and TensorBoard.
+
+  Warns if the images are not those of the previous start.
 
   Args:
     log_dir: the run's folder.
     start_step: the step that training starts from.
+    dataset: slim Dataset of the training split.
     devices: device of each tower.
     summary_writer: tf.summary.FileWriter.
   """
+  path = os.path.join(log_dir, RUNS_FILE)
+  training_split = dataset.records.fingerprint()
+  previous = _last_training_split(path) if start_step else None
+  if previous not in (None, training_split):
+    print(f'Warning: the training split has changed since the last start (images, hash of their '
+          f'sizes: {previous} then, {training_split} now). Training continues at the same '
+          'position, so images of this epoch may be seen twice or not at all', file=sys.stderr)
   run = {
       'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
       'start_step': start_step,
       'command': sys.argv,
+      'training_split': training_split,
       'devices': list(devices),
       'physical_devices': [device.name for device in tf.config.list_physical_devices()],
       'git': _git_state(),
@@ -124,13 +143,22 @@ def record_start(log_dir, start_step, devices, summary_writer):
       'numpy': np.__version__,
       'platform': platform.platform(),
   }
-  with open(os.path.join(log_dir, RUNS_FILE), 'a', encoding='utf-8') as f:
+  with open(path, 'a', encoding='utf-8') as f:
     f.write(json.dumps(run) + '\n')
   rows = ''.join(f'| {name} | {value} |\n' for name, value in run.items())
   metadata = tf.SummaryMetadata(plugin_data=tf.SummaryMetadata.PluginData(plugin_name='text'))
   summary_writer.add_summary(tf.Summary(value=[tf.Summary.Value(
       tag='run', metadata=metadata,
       tensor=tf.make_tensor_proto(f'| | |\n|---|---|\n{rows}', tf.string))]), start_step)
+
+
+def _last_training_split(path):
+  """Returns the fingerprint of the training split in the last line of runs.jsonl, or None."""
+  try:
+    with open(path, encoding='utf-8') as f:
+      return json.loads(f.readlines()[-1]).get('training_split')
+  except (OSError, ValueError, IndexError, AttributeError):  # missing, or edited
+    return None
 
 
 def _git_state():

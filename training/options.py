@@ -33,6 +33,8 @@ def parse_train_args(description, argv=None):
   recipe_name = parser.parse_known_args(argv)[0].recipe
   parser.set_defaults(**dataclasses.asdict(optimization.RECIPES[recipe_name]))
   args = parser.parse_args(argv)
+  if args.use_averages != 'auto' and not args.checkpoint_path:
+    parser.error('--use_averages needs --checkpoint_path')
   if args.early_stop_patience and not args.eval_every_epochs:
     parser.error('--early_stop_patience needs --eval_every_epochs')
   return args
@@ -110,8 +112,11 @@ def _add_recipe_options(group, *names):
 
 def _add_fine_tuning_options(group):
   group.add_argument('--checkpoint_path',
-                     help='checkpoint, or folder whose newest checkpoint, to start from; a head '
-                     'with another number of classes is left out')
+                     help='starts from the weights of this checkpoint, or of the newest one in '
+                     'this folder; a head with another number of classes is left out')
+  group.add_argument('--use_averages', choices=['auto', 'yes', 'no'], default='auto',
+                     help="starts from the Polyak averages of that checkpoint's weights; auto: "
+                     'if it has them')
   group.add_argument('--checkpoint_exclude_scopes', type=arguments.scopes, default=(),
                      metavar='SCOPES',
                      help='name prefixes, separated by commas, of variables not to restore, '

@@ -23,6 +23,7 @@ from training import optimization
 import xception
 
 MAX_IMAGE_SUMMARIES = 4
+MAX_SKIPPED_STEPS = 100  # in a row, for float16: 16 take the loss scale from 2^15 to 1
 SAVE_OPS = ('SaveV2', 'MergeV2Checkpoints')
 
 TrainStep = collections.namedtuple('TrainStep', [
@@ -205,20 +206,26 @@ def run_training(train_step, hooks, plan, session_config, scaffold, workers):
     TrainingError: the loss or a gradient was not finite, or saving failed.
     cluster.ClusterError: another worker is gone.
   """
-  stop_on_signal = training_hooks.StopOnSignalHook(workers)
-  hooks = [stop_on_signal, tf.train.StopAtStepHook(last_step=plan.max_steps), *hooks]
-  reached = plan.start_step
-  try:
-    # MonitoredSession would recreate its session forever once another worker is gone.
-    with tf.train.SingularMonitoredSession(
-        hooks, scaffold, workers.master, session_config,
-        checkpoint_filename_with_path=plan.checkpoint) as session:
-      while not session.should_stop():
-        _, reached = session.run([train_step.train_op, train_step.global_step])
-  except tf.errors.OpError as error:
-    if explained := _explain(error, train_step, plan.log_dir, reached, workers):
-      raise explained from error
-    raise
+  reached, num_skipped = plan.start_step, 0
+  with training_hooks.StopOnSignalHook(workers) as stop_on_signal:
+    hooks = [stop_on_signal, tf.train.StopAtStepHook(last_step=plan.max_steps), *hooks]
+    try:
+      # MonitoredSession would recreate its session forever once another worker is gone.
+      with tf.train.SingularMonitoredSession(
+          hooks, scaffold, workers.master, session_config,
+          checkpoint_filename_with_path=plan.checkpoint) as session:
+        while not session.should_stop():
+          previous = reached
+          _, reached = session.run([train_step.train_op, train_step.global_step])
+          num_skipped = num_skipped + 1 if reached == previous else 0
+          if num_skipped == MAX_SKIPPED_STEPS:
+            raise TrainingError(
+                f'No gradient was finite in {num_skipped} attempts at step {reached + 1}, each '
+                'with half the loss scale. Use --precision float32, or a smaller --learning_rate')
+    except tf.errors.OpError as error:
+      if explained := _explain(error, train_step, plan.log_dir, reached, workers):
+        raise explained from error
+      raise
   return reached, stop_on_signal.received or workers.stopped_by
 
 
@@ -230,12 +237,12 @@ def _explain(error, train_step, log_dir, reached, workers):
         f'The loss or a gradient is not finite at step {reached + 1}. The weights were '
         f'not updated with it; the last checkpoint{in_log_dir} is good. A smaller '
         '--learning_rate may help')
-  # Only file operations fail outside a session, without an op.
-  if error.op is None or error.op.type in SAVE_OPS:
+  # Files that are written from Python, like `checkpoint` and events, have no op.
+  if error.op.type in SAVE_OPS if error.op else log_dir in error.message:
     return TrainingError(
         f'Cannot save in {log_dir}: {error.message.splitlines()[0]}. The previous '
         'checkpoint is intact: make room, then resume with the same command')
-  if error.op.type == 'RestoreV2':
+  if error.op and error.op.type == 'RestoreV2':
     return TrainingError(f'Cannot restore the newest checkpoint of {log_dir}: '
                          f'{error.message.splitlines()[0]}')
   return workers.explain(error)

@@ -10,6 +10,7 @@ import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
 from common import checkpoints
+import small_model
 from training import fine_tuning
 from training import step as training_step
 import xception
@@ -67,7 +68,29 @@ class RestoreTest(FineTuningTestCase):
       build()
       report = self.restore(session)
       self.assertRestored(session, all_but=('nothing',))
-    self.assertEqual(report, f'Starting from 236 of 236 variables of {self.checkpoint}')
+    self.assertEqual(report, f'Starting from 236 of 236 variables of {self.checkpoint}, as '
+                     'trained, not averaged')
+
+  def test_averages_as_evaluation_uses_them(self):
+    checkpoint = small_model.write_checkpoint(tempfile.mkdtemp(dir=self.dir),
+                                              with_averages=True)
+    weights = f'{HEAD}/weights'
+    reader = tf.train.load_checkpoint(checkpoint)
+    for use_averages, name, report in (
+        ('auto', f'{weights}/ExponentialMovingAverage', ', their Polyak averages'),
+        ('yes', f'{weights}/ExponentialMovingAverage', ', their Polyak averages'),
+        ('no', weights, ', as trained, not averaged')):
+      with tf.Graph().as_default(), tf.Session() as session:
+        build()
+        restoration = fine_tuning.restore(checkpoint, use_averages=use_averages)
+        restoration.init_fn(None, session)
+        variable, = slim.get_model_variables(weights)
+        self.assertAllEqual(session.run(variable), reader.get_tensor(name))
+        self.assertEndsWith(restoration.report, report)
+    with tf.Graph().as_default():
+      build()
+      with self.assertRaisesRegex(checkpoints.CheckpointError, 'has no averages of the weights'):
+        fine_tuning.restore(self.checkpoint, use_averages='yes')
 
   def test_the_newest_of_a_folder(self):
     with tf.Graph().as_default():
@@ -151,6 +174,14 @@ class TrainableScopesTest(FineTuningTestCase):
     self.assertTrue(all(name.startswith(('Xception/block14', HEAD)) for name in changed))
     self.assertEqual(changed, {name for name in before
                                if name.startswith(('Xception/block14', HEAD))})
+
+  def test_a_batch_norm_moves_with_its_parameters(self):
+    norm = 'Xception/block14_dws_conv2/BatchNorm'
+    before, after = self.take_step((norm,))
+    self.assertEqual(self.changed(before, after), {f'{norm}/{name}' for name in (
+        'gamma', 'beta', 'moving_mean', 'moving_variance')})
+    before, after = self.take_step((f'{norm}/gamma',))
+    self.assertEqual(self.changed(before, after), {f'{norm}/gamma'})
 
   def test_everything_without_scopes(self):
     before, after = self.take_step(())

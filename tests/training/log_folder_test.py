@@ -1,10 +1,13 @@
 """Tests of a log folder's configuration, its lock and its record of starts."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import tensorflow.compat.v1 as tf
 
@@ -90,14 +93,44 @@ class LockTest(LogFolderTestCase):
         self.assertEqual(int(f.read()), os.getpid())
 
 
+class ScratchTest(LogFolderTestCase):
+
+  def test_folders_of_dead_workers_are_removed(self):
+    dead = subprocess.Popen(['true'])
+    dead.wait()
+    names = [f'train_flowers_{dead.pid}_a', f'train_flowers_{os.getppid()}_b', 'train_flowers_c']
+    for name in names:
+      os.makedirs(os.path.join(self.dir, name, 'plugins'))
+    with mock.patch.object(tempfile, 'tempdir', self.dir), log_folder.scratch() as folder:
+      self.assertStartsWith(folder, os.path.join(self.dir, f'train_flowers_{os.getpid()}_'))
+      self.assertCountEqual(os.listdir(self.dir), [*names[1:], os.path.basename(folder)])
+    self.assertCountEqual(os.listdir(self.dir), names[1:])
+
+
 class RecordStartTest(LogFolderTestCase):
 
+  def record_start(self, step, training_split='400, abc'):
+    """Returns the warning."""
+    dataset = mock.Mock(**{'records.fingerprint.return_value': training_split})
+    with tf.Graph().as_default(), contextlib.redirect_stderr(io.StringIO()) as stderr:
+      writer = tf.summary.FileWriter(self.dir, filename_suffix=str(step))
+      log_folder.record_start(self.dir, step, dataset, ['/cpu:0'], writer)
+      writer.close()
+    return stderr.getvalue()
+
+  def test_a_changed_dataset(self):
+    self.assertEqual(self.record_start(0), '')
+    self.assertEqual(self.record_start(7), '')
+    self.assertIn('the training split has changed since the last start (images, hash of their '
+                  'sizes: 400, abc then, 500, abc now)', self.record_start(7, '500, abc'))
+    self.assertEqual(self.record_start(0), '')  # a new run
+    with open(os.path.join(self.dir, 'runs.jsonl'), 'a', encoding='utf-8') as f:
+      f.write('{}\n')  # of a version that did not store it
+    self.assertEqual(self.record_start(8, '500, abc'), '')
+
   def test_a_line_for_each_start_and_a_text_in_tensorboard(self):
-    with tf.Graph().as_default():
-      for step in (0, 7):
-        writer = tf.summary.FileWriter(self.dir, filename_suffix=str(step))
-        log_folder.record_start(self.dir, step, ['/cpu:0'], writer)
-        writer.close()
+    for step in (0, 7):
+      self.record_start(step)
     with open(os.path.join(self.dir, 'runs.jsonl'), encoding='utf-8') as f:
       runs = [json.loads(line) for line in f]
     self.assertEqual([run['start_step'] for run in runs], [0, 7])

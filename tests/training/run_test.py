@@ -1,8 +1,10 @@
 """Tests of whole training runs, with a network of two layers, in this process."""
 
 import contextlib
+import dataclasses
 import glob
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -14,8 +16,12 @@ import tf_slim as slim
 from common import checkpoints
 from scripts import DATASET_DIR
 import train_flowers
+from training import evaluation_hook
 from training import log_folder
+from training import optimization
 from training import options
+from training import saving
+from training import step as training_step
 import xception
 
 
@@ -24,8 +30,9 @@ def two_layers(images, num_classes, is_training=True, *_, **__):
   with tf.variable_scope('Xception'), slim.arg_scope([slim.batch_norm], is_training=is_training):
     net = slim.conv2d(images, 4, [3, 3], stride=8, scope='block1_conv1')
     net = tf.reduce_mean(net, [1, 2], keepdims=True)
-    return tf.squeeze(slim.conv2d(net, num_classes, [1, 1], normalizer_fn=None,
-                                  activation_fn=None, scope='Logits'), [1, 2]), {}
+    logits = tf.squeeze(slim.conv2d(net, num_classes, [1, 1], normalizer_fn=None,
+                                    activation_fn=None, scope='Logits'), [1, 2])
+    return logits, {'Predictions': tf.nn.softmax(logits)}
 
 
 two_layers.default_image_size = 299
@@ -79,6 +86,109 @@ class ResumeTest(RunTestCase):
              for event in tf.train.summary_iterator(path) for value in event.summary.value
              if value.tag == 'learning_rate'}
     self.assertAllClose(rates[5], 0.002 + (0.00001 - 0.002) * 16 / 24)
+
+
+class BestTest(RunTestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.best_dir = os.path.join(self.log_dir, 'best')
+    self.metrics_file = os.path.join(self.best_dir, 'metrics.json')
+    self.config = checkpoints.ModelConfig(['daisy'], 71, 1.0, seed=1)
+
+  def save_best(self, step, accuracy, best=True):
+    """Writes a best checkpoint as training does; `best` is None for the first one."""
+    with tf.Graph().as_default(), tf.Session() as session:
+      hook = evaluation_hook.EvaluationHook(
+          mock.Mock(), tf.train.create_global_step(), None, self.log_dir, self.config, 1, 10, best)
+      hook.begin()
+      session.run(tf.global_variables_initializer())
+      tf.train.get_global_step().load(step, session)
+      hook._keep(session, {'global_step': step, 'accuracy': accuracy, 'loss': 1.0})
+
+  def read_best(self, start_step=9, **changes):
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+      best = evaluation_hook.read_best(
+          self.log_dir, dataclasses.replace(self.config, **changes), start_step)
+    return best and best['global_step'], stderr.getvalue()
+
+  def test_the_best_of_this_run_counts(self):
+    self.assertEqual(self.read_best(), (None, ''))
+    self.save_best(3, 0.5)
+    self.assertEqual(self.read_best(), (3, ''))
+    self.save_best(5, 0.6)
+    self.assertEqual(self.read_best(start_step=5), (5, ''))
+    self.assertEqual(self.steps(self.best_dir), [5])
+
+  def test_the_best_of_another_run_is_renamed(self):
+    for i, (kwargs, problem) in enumerate([
+        ({'start_step': 2}, 'it is of step 3, and training starts from step 2'),
+        ({'seed': 2}, 'it belongs to another run')]):
+      self.save_best(3, 0.5)
+      best, message = self.read_best(**kwargs)
+      self.assertIsNone(best)
+      self.assertIn(f'{self.best_dir} does not count and will be renamed: {problem}', message)
+      self.save_best(1, 0.4, best=None)
+      self.assertEqual(self.steps(f'{self.best_dir}.old{i or ""}'), [3])
+      self.assertEqual(self.steps(self.best_dir), [1])
+
+  def test_a_kill_leaves_metrics_that_match_the_checkpoint(self):
+    self.save_best(3, 0.5)
+    with mock.patch.object(saving.Saver, 'save', side_effect=KeyboardInterrupt), \
+         self.assertRaises(KeyboardInterrupt):
+      self.save_best(5, 0.6)
+    self.assertEqual(self.read_best()[0], 3)
+
+    shutil.copy(self.metrics_file, self.dir)
+    self.save_best(5, 0.6)
+    os.rename(self.metrics_file, self.metrics_file + '.next')  # as before the last rename
+    shutil.copy(os.path.join(self.dir, 'metrics.json'), self.metrics_file)
+    self.assertEqual(self.read_best()[0], 5)
+    with open(self.metrics_file, encoding='utf-8') as f:
+      self.assertEqual(json.load(f)['accuracy'], 0.6)
+
+  def test_damage(self):
+    for damage in (lambda: os.remove(self.metrics_file),
+                   lambda: open(self.metrics_file, 'w').close(),
+                   lambda: os.remove(f'{self.best_dir}/model.ckpt-3.index')):
+      self.save_best(3, 0.5)
+      damage()
+      best, message = self.read_best()
+      self.assertIsNone(best)
+      self.assertIn('does not count', message)
+
+  def test_a_deleted_run_does_not_decide_for_a_new_one(self):
+    self.train('--max_number_of_steps', '2', '--eval_every_epochs', '0.01')
+    for path in glob.glob(os.path.join(self.log_dir, '[cm]*')):
+      os.remove(path)
+    output = self.train('--max_number_of_steps', '1', '--eval_every_epochs', '0.01',
+                        '--checkpoint_path', self.best_dir)
+    self.assertRegex(output, rf'Starting from (\d+) of \1 variables of {self.best_dir}/model')
+    self.assertIn(f'{self.best_dir} does not count and will be renamed: it is of step', output)
+    self.assertRegex(output, r'validation at step 1: .*; best: \d.\d{4} at step 1')
+    self.assertEqual(self.steps(self.best_dir), [1])
+
+
+class WeightsThatAreNotFiniteTest(RunTestCase):
+
+  def test_they_are_not_saved(self):
+    self.train('--max_number_of_steps', '2')
+    for argv in ([], ['--eval_every_epochs', '0.01']):
+      with mock.patch.object(optimization, 'build_learning_rate',
+                             lambda *_: tf.constant(float('inf'))), \
+           self.assertRaisesRegex(training_step.TrainingError,
+                                  'The weights are not finite after step 3 and were not saved'):
+        self.train('--max_number_of_steps', '3', *argv)
+      self.assertEqual(self.steps(), [0, 2])
+    self.assertFalse(os.path.exists(os.path.join(self.log_dir, 'best')))
+
+  def test_a_folder_that_is_removed(self):
+    with tf.Graph().as_default(), tf.Session() as session:
+      tf.train.create_global_step()
+      saver = saving.Saver(self.log_dir, 1)
+      session.run(tf.global_variables_initializer())
+      with self.assertRaisesRegex(training_step.TrainingError, 'log was removed or renamed'):
+        saver.save(session, os.path.join(self.log_dir, 'model.ckpt'), 1)
 
 
 class LogFolderTest(RunTestCase):
