@@ -18,6 +18,7 @@ import tensorflow.compat.v1 as tf
 from common import checkpoints
 from deployment import towers
 import eval_flowers
+from evaluation import curves
 from evaluation import evaluator
 from evaluation import metrics
 from evaluation import report
@@ -29,7 +30,7 @@ import small_model
 import write_pb
 
 FILES = ['metrics.json', 'predictions.csv', 'confusion_matrix.png', 'mistakes.png',
-         'predictions.png']
+         'predictions.png', 'roc.png', 'precision_recall.png', 'calibration.png']
 
 
 def evaluate(*args):
@@ -92,8 +93,17 @@ class OnceTest(EvalTestCase):
         found['loss'], -np.log(probabilities[range(100), labels.astype(int)]).mean(), atol=1e-5)
     expected = metrics.to_dict(metrics.compute(labels.astype(int), probabilities, np.zeros(100)),
                                small_model.CLASS_NAMES)
-    for key in ('accuracy', 'confusion_matrix', 'classes', 'macro_average', 'weighted_average'):
+    for key in ('accuracy', 'confusion_matrix', 'macro_average', 'weighted_average'):
       self.assertEqual(found[key], expected[key])
+    separation = curves.to_dict(curves.compute(labels.astype(int), probabilities))
+    for entry, areas in zip(expected['classes'], separation.pop('areas')):
+      entry.update(areas)
+    self.assertEqual(found['classes'], expected['classes'])
+    self.assertAllClose(found['roc_auc'], separation['roc_auc'])
+    self.assertAllClose(found['expected_calibration_error'],
+                        separation['expected_calibration_error'])
+    self.assertContainsSubset(
+        {('roc_auc', 3), ('average_precision', 3), ('calibration', 3)}, self.events())
     self.assertIsNone(found['top_5_accuracy'])
     self.assertEqual((found['checkpoint'], found['global_step'], found['num_images'],
                       found['num_bad_records'], found['uses_averages']),
