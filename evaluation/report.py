@@ -278,5 +278,6 @@ def _describe_checkpoint(checkpoint):
   try:
     return {'checkpoint': checkpoint, 'checkpoint_sha256': files.sha256(f'{checkpoint}.index'),
             'global_step': checkpoints.global_step(checkpoint)}
-  except (tf.errors.OpError, OSError, ValueError) as error:
+  except (tf.errors.OpError, IndexError, OSError, ValueError) as error:
+    # An IndexError means that a data file is too short.
     raise checkpoints.CheckpointError(f'{checkpoint} cannot be read: {error}') from error

@@ -369,10 +369,10 @@ class WatchTest(EvalTestCase):
 
   def test_damaged_checkpoint(self):
     path, = self.save_all(1)
-    with open(path + '.index', 'wb') as f:
-      f.write(b'damaged')
-    with self.assertRaisesRegex(checkpoints.CheckpointError, 'model.ckpt-1 cannot be read'):
-      self.watch()
+    for file in (path + '.data-00000-of-00001', path + '.index'):
+      os.truncate(file, 100)
+      with self.assertRaisesRegex(checkpoints.CheckpointError, 'model.ckpt-1 cannot be read'):
+        self.watch()
 
 
 if __name__ == '__main__':
