@@ -269,14 +269,11 @@ class SplitEvaluation:
 def _describe_checkpoint(checkpoint):
   """Returns the entries of metrics.json that identify a checkpoint.
 
-  The index file holds a checksum of every variable, so its own checksum stands
-  for the content of the checkpoint, wherever that is copied or moved.
-
   Raises:
     checkpoints.CheckpointError: it cannot be read.
   """
   try:
-    return {'checkpoint': checkpoint, 'checkpoint_sha256': files.sha256(f'{checkpoint}.index'),
+    return {'checkpoint': checkpoint, 'checkpoint_sha256': checkpoints.sha256(checkpoint),
             'global_step': checkpoints.global_step(checkpoint)}
   except (tf.errors.OpError, IndexError, OSError, ValueError) as error:
     # An IndexError means that a data file is too short.

@@ -125,6 +125,26 @@ class OnceTest(EvalTestCase):
         f'Accuracy: {found["accuracy"]:.4f} ({found["num_correct"]} of 100)'])
     self.assertContainsSubset(FILES, os.listdir(os.path.join(self.log_dir, 'eval')))
 
+  def test_checkpoint_of_version_1(self):
+    self.without_pictures()
+    reader = tf.train.load_checkpoint(small_model.write_checkpoint(self.log_dir))
+    with tf.Graph().as_default(), tf.Session() as session:
+      variables = [tf.Variable(reader.get_tensor(name), name=name)
+                   for name in reader.get_variable_to_shape_map()]
+      session.run(tf.global_variables_initializer())
+      path = tf.train.Saver(variables, write_version=tf.train.SaverDef.V1).save(
+          session, os.path.join(self.log_dir, 'old.ckpt'), write_meta_graph=False)
+    self.assertTrue(os.path.isfile(path))
+    evaluate('--log_dir', self.log_dir, '--checkpoint_path', path)
+    expected = self.read_metrics()
+    self.assertEqual(expected['accuracy'], 1.0)
+    pb = os.path.join(self.dir, 'model.pb')
+    with contextlib.redirect_stdout(io.StringIO()):
+      write_pb.main(write_pb.parse_args(['--log_dir', self.log_dir, '--checkpoint_path', path,
+                                         '--output_file', pb, '--noverify']))
+    with open(os.path.join(self.dir, 'model.json'), encoding='utf-8') as f:
+      self.assertEqual(json.load(f)['metrics'], expected)
+
   def test_which_weights(self):
     self.without_pictures()
     newest_but_one = small_model.write_checkpoint(self.log_dir, 1, is_fitted=False)
