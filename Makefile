@@ -41,7 +41,7 @@ cluster-demo: .venv/installed
 	rm -rf log_cluster
 	bash manifests/demo.sh $(RUN) log_cluster
 
-# A frozen model in every program that README shows; they are installed beside .venv.
+# A frozen model in every program that docs/export.md shows; they are installed beside .venv.
 test-clients: .venv-clients/installed
 	.venv-clients/bin/python -m pytest -q -rs tests/export/clients_test.py tests/write_pb_test.py
 	PYTHONPATH=.venv-clients/opencv5 .venv-clients/bin/python -m pytest -q tests/export/clients_test.py -k opencv

@@ -1,15 +1,15 @@
-"""Measures the speed of the project, beside that of what it replaces.
+"""Measures the speed of training, inference and input, alone or against Keras, timm and slim.
 
   python benchmark.py --mode train --batch_size 8 --image_size 299 --json
   python benchmark.py --peers
 
-`train` repeats one batch, `end_to_end` trains on the shipped flowers through the
-whole input pipeline (with --synthetic, on one batch: the difference is the
-input's), `inference` runs a frozen graph with its batch norms folded, `input` the
-input pipeline alone. The network's weights are random.
+`train` repeats one batch. `end_to_end` trains on the shipped flowers through the whole input
+pipeline; with --synthetic it repeats one batch, and the difference is the cost of the input.
+`inference` runs a frozen graph with folded batch norms, `input` the input pipeline alone. The
+network's weights are random.
 
-Figures are of this machine: compare the ratios. Those of --peers come from
-measurements that take turns, so that a slow minute of the machine hits all of them.
+Speeds differ from machine to machine, so compare ratios. --peers alternates its measurements,
+so that a slow minute of the machine affects all of them.
 """
 
 import time
@@ -34,7 +34,7 @@ from records import flowers
 
 IMPORT_SECONDS = time.perf_counter() - START
 
-# What each measurement takes; another option would have no effect.
+# The options that affect each measurement; any other is an error.
 NETWORK_OPTIONS = {'batch_size', 'image_size', 'depth_multiplier', 'clone_on_cpu', 'precision',
                    'xla', 'steps'}
 OPTIONS = {
@@ -55,9 +55,9 @@ def parse_args(argv=None):
                       help='what to measure (default: train; with --peers, train and '
                       'inference)')
   parser.add_argument('--peers', action='store_true',
-                      help='measures training and inference beside Keras and, where '
+                      help='compares training and inference with Keras and, if '
                       'requirements-benchmark.txt is installed, timm; with --mode input, the '
-                      "input pipeline beside slim's and Keras'")
+                      "input pipeline with slim's and Keras'")
   parser.add_argument('--batch_size', type=arguments.positive_int, default=8,
                       help='images per step, summed over towers')
   parser.add_argument('--image_size', type=arguments.image_size, default=299,
@@ -74,10 +74,10 @@ def parse_args(argv=None):
                       help='repeats one random batch in end_to_end too, as train and '
                       'inference always do')
   parser.add_argument('--steps', type=arguments.positive_int, default=10,
-                      help='steps that are timed')
+                      help='timed steps')
   parser.add_argument('--rounds', type=arguments.positive_int, default=3,
-                      help='of --peers: turns that a median is of')
-  parser.add_argument('--json', action='store_true', help='prints one JSON object, no table')
+                      help='measurements per median of --peers')
+  parser.add_argument('--json', action='store_true', help='prints JSON instead of a table')
   args = parser.parse_args(argv)
   measurement = (args.mode or 'train') + ' --peers' * args.peers
   if measurement not in OPTIONS:
@@ -92,15 +92,15 @@ def parse_args(argv=None):
 
 
 def measure(args):
-  """Returns the figures of a mode, a dict."""
+  """Returns the figures of a mode as a dict."""
   if args.mode == 'input':
     return {**input_pipeline.measure(args.batch_size, args.image_size, args.steps),
             'import_seconds': IMPORT_SECONDS}
   devices = towers.tower_devices(args.num_clones, args.clone_on_cpu)
   precision.check(args.precision, args.xla, devices)
   if args.batch_size % len(devices):
-    raise towers.DeviceError(f'--batch_size {args.batch_size} is the sum over all towers: it must '
-                             f'divide by {len(devices)} towers (--num_clones)')
+    raise towers.DeviceError(f'--batch_size {args.batch_size} is the sum over all towers and must '
+                             f'be divisible by {len(devices)} towers (--num_clones)')
   if args.mode == 'inference':
     result = network.measure_inference(args.batch_size, args.image_size, args.depth_multiplier,
                                        devices, args.precision, args.xla, args.steps)

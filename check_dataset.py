@@ -1,43 +1,42 @@
-"""Reads every record of a dataset and tells what is in it, and what is wrong with it.
+"""Reads every record of a dataset and reports its contents and its faults.
 
   python check_dataset.py --dataset_dir my_flowers --contact_sheet flowers.png
 
-Checks checksums, keys, labels, and that every image decodes; counts classes and
-sizes; finds images that are in training and validation both. Works on any
-TFRecords of the format that flowers.py describes. Ends with 1 if something is
-broken.
+Verifies checksums, keys and labels, and decodes every image; counts the images of
+each class and size; finds images that are in several splits. Works with all
+TFRecords in the format that records/flowers.py describes. The exit code is 1 if
+anything is wrong.
 """
 
 import argparse
 import collections
 import concurrent.futures
 import hashlib
-import io
 import json
 import os
 import sys
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
 
-from google.protobuf import message
-from matplotlib.figure import Figure
 import numpy as np
+from PIL import Image
 import tensorflow.compat.v1 as tf
 import tqdm
 
 from common import arguments
 from common import files
+from evaluation import pictures
 from records import flowers
 from records import tfrecords
 
-READ_WINDOW = 256  # records in flight
-MAX_LISTED = 20  # bad records and duplicates in the table; --json has them all
+READ_WINDOW = 256  # records in memory at a time
+MAX_LISTED = 20  # bad records and duplicates in the tables; --json has all of them
 
 
 def read_all(dataset):
   """Yields (number, image, label, SHA-256 of the encoded image, reason) of every record.
 
-  Of a bad one all but number and reason are None; reason is None of a good one.
+  The reason is None for a good record; for a bad one, image, label and SHA-256 are.
   """
   read = flowers.RecordReader(dataset)
 
@@ -64,15 +63,15 @@ def check_split(dataset, sheet_numbers=()):
 
   Args:
     dataset: slim Dataset from `flowers.get_split`.
-    sheet_numbers: numbers of records whose images are wanted.
+    sheet_numbers: numbers of the records to return thumbnails of.
 
   Returns:
     report: dict for JSON, see `check_dataset`.
     digests: {SHA-256 of an encoded image: numbers of its records}.
-    images: {number: uint8 [height, width, 3]} of sheet_numbers, without bad ones.
+    thumbnails: {number: uint8 [height, width, 3]} of the good records in sheet_numbers.
   """
   labels, heights, widths = [], [], []
-  bad, digests, images = [], collections.defaultdict(list), {}
+  bad, digests, thumbnails = [], collections.defaultdict(list), {}
   pixels, sums, squares = 0, np.zeros(3), np.zeros(3)
   for number, image, label, digest, reason in read_all(dataset):
     if reason:
@@ -86,7 +85,7 @@ def check_split(dataset, sheet_numbers=()):
     sums += image.sum((0, 1), dtype=np.float64) / 255
     squares += np.square(image / 255.0).sum((0, 1))
     if number in sheet_numbers:
-      images[number] = image
+      thumbnails[number] = _thumbnail(image)
   counts = np.bincount(labels, minlength=dataset.num_classes).tolist()
   mean = sums / max(pixels, 1)
   report = {
@@ -101,67 +100,51 @@ def check_split(dataset, sheet_numbers=()):
       'channel_mean': mean.tolist(),
       'channel_std': np.sqrt(np.maximum(squares / max(pixels, 1) - mean**2, 0)).tolist(),
   }
-  return report, digests, images
+  return report, digests, thumbnails
 
 
 def check_dataset(dataset_dir, dataset_name, images_per_class=0, seed=0):
-  """Checks the splits of a dataset, and both together.
+  """Checks all splits of a dataset.
 
   Args:
-    dataset_dir, dataset_name: where the files are, and how their names begin.
-    images_per_class: how many images of each class to return.
-    seed: int, which ones.
+    dataset_dir: folder of the TFRecord files and labels.txt.
+    dataset_name: prefix of the file names.
+    images_per_class: number of thumbnails of each class.
+    seed: int that determines which images.
 
   Returns:
     report: dict with `splits` (for each: num_records, bad_records with file,
       record and reason, damaged_files, classes with their counts, imbalance as
-      largest count / smallest, height and width as [least, median, greatest],
-      sizes as counts by the longer side, channel_mean and channel_std in
-      [0, 1]), `duplicates` (images that are there more than once, with their
-      places), `leaks` (those of them in both splits) and `ok`.
-    images: {class name: list of uint8 [height, width, 3]} of the training split.
+      largest count / smallest, height and width as [minimum, median, maximum],
+      sizes as counts by the longer side, channel_mean and channel_std in [0, 1]),
+      `duplicates` (the places of images that occur more than once), `leaks` (those
+      of them that are in several splits) and `ok`.
+    thumbnails: a list of uint8 [height, width, 3] for each of the first
+      pictures.MAX_SHEET_ROWS classes, from the training split.
   """
   report = {'dataset_dir': dataset_dir, 'splits': {}}
   places = collections.defaultdict(list)
-  images = {}
   for split in flowers.SPLITS:
     try:
       dataset = flowers.get_split(split, dataset_dir, flowers.name_pattern(dataset_name))
     except flowers.MissingSplitError:
       if split == 'train':
         raise
-      continue  # a dataset may do without validation
-    order = np.random.default_rng(seed).permutation(dataset.num_samples)
-    wanted = _choose(dataset, order, images_per_class) if split == 'train' else {}
+      continue
+    chosen = _choose(dataset, images_per_class, seed) if split == 'train' else []
     report['splits'][split], digests, found = check_split(
-        dataset, {number for numbers in wanted.values() for number in numbers})
+        dataset, {number for numbers in chosen for number in numbers})
+    if split == 'train':
+      thumbnails = [[found[number] for number in numbers if number in found]
+                    for numbers in chosen]
     for digest, numbers in digests.items():
       places[digest] += [{'split': split, **_place(dataset, number)} for number in numbers]
-    if split == 'train':
-      images = {name: [found[number] for number in numbers if number in found]
-                for name, numbers in wanted.items()}
   duplicates = [same for same in places.values() if len(same) > 1]
   report['duplicates'] = duplicates
   report['leaks'] = [same for same in duplicates if len({place['split'] for place in same}) > 1]
   report['ok'] = not (report['leaks'] or any(
       split['bad_records'] or split['damaged_files'] for split in report['splits'].values()))
-  return report, images
-
-
-def draw_contact_sheet(images, path):
-  """Draws a row of images for each class, and writes the PNG file."""
-  columns = max(1, *map(len, images.values()))
-  figure = Figure(figsize=(1.6 * columns, 1.8 * len(images)), layout='constrained')
-  axes = figure.subplots(len(images), columns, squeeze=False)
-  for row, (name, row_images) in zip(axes, images.items()):
-    row[0].set_title(name, loc='left', fontsize=10)
-    for axis in row:
-      axis.axis('off')
-    for axis, image in zip(row, row_images):
-      axis.imshow(image)
-  png = io.BytesIO()
-  figure.savefig(png, format='png', dpi=80)
-  files.write_atomically(path, png.getvalue())
+  return report, thumbnails
 
 
 def print_report(report):
@@ -195,26 +178,29 @@ def print_report(report):
   for same in report['duplicates'][:MAX_LISTED]:
     print('same image: ' + '; '.join(f'{place["file"]}, record {place["record"]}'
                                      for place in same))
-  print(f'{len(report["duplicates"])} images are there more than once, '
-        f'{len(report["leaks"])} of them in training and validation both')
-  print('Nothing is broken' if report['ok'] else 'Something is broken: see above')
+  print(f'{len(report["duplicates"])} images occur more than once, '
+        f'{len(report["leaks"])} of them in several splits')
+  print('No problems found' if report['ok'] else 'Problems found: see above')
 
 
-def _choose(dataset, order, images_per_class):
-  """{class name: numbers of random records}; the labels are read without decoding."""
-  wanted = {name: [] for name in dataset.labels_to_names.values()}
-  for number in order:
-    if all(len(numbers) >= images_per_class for numbers in wanted.values()):
+def _choose(dataset, images_per_class, seed):
+  """Returns a list of random record numbers for each of the first classes."""
+  chosen = [[] for _ in range(min(dataset.num_classes, pictures.MAX_SHEET_ROWS))]
+  num_missing = images_per_class * len(chosen)
+  for number in np.random.default_rng(seed).permutation(dataset.num_samples):
+    if not num_missing:
       break
-    try:
-      example = tf.train.Example.FromString(dataset.records[number])
-      label, = example.features.feature['image/class/label'].int64_list.value
-      numbers = wanted[dataset.labels_to_names[label]]
-    except (tfrecords.RecordError, message.DecodeError, ValueError, KeyError):
-      continue  # named when it is read
-    if len(numbers) < images_per_class:
-      numbers.append(int(number))
-  return wanted
+    label = flowers.read_label(dataset, number)
+    if label is not None and label < len(chosen) and len(chosen[label]) < images_per_class:
+      chosen[label].append(int(number))
+      num_missing -= 1
+  return chosen
+
+
+def _thumbnail(image):
+  thumbnail = Image.fromarray(image)
+  thumbnail.thumbnail((pictures.THUMBNAIL_SIZE, pictures.THUMBNAIL_SIZE))
+  return np.asarray(thumbnail)
 
 
 def _place(dataset, number):
@@ -227,10 +213,13 @@ def _spread(values):
 
 
 def _size_histogram(heights, widths):
-  """{'129-256': count} of the longer sides, in powers of two."""
+  """Returns {'129-256': count} of the longer sides, in powers of two."""
   exponents = collections.Counter(
       (max(size) - 1).bit_length() for size in zip(heights, widths))
   return {f'{2**e // 2 + 1 if e else 1}-{2**e}': exponents[e] for e in sorted(exponents)}
+
+
+images_per_class = arguments.checked_number(int, lambda value: 1 <= value <= 50, 'from 1 to 50')
 
 
 def parse_args(argv=None):
@@ -239,22 +228,24 @@ def parse_args(argv=None):
   parser.add_argument('--dataset_dir', default='dataset',
                       help='folder of the TFRecords and labels.txt')
   parser.add_argument('--dataset_name', default=flowers.DATASET_NAME,
-                      help='first part of the files\' names')
-  parser.add_argument('--json', action='store_true', help='print one JSON object, no tables')
+                      help='prefix of the file names')
+  parser.add_argument('--json', action='store_true', help='print a JSON object instead of tables')
   parser.add_argument('--contact_sheet', metavar='PNG',
-                      help='write a picture of random training images of every class')
-  parser.add_argument('--images_per_class', type=arguments.positive_int, default=8,
-                      help='on the contact sheet')
+                      help='write a picture of random training images of each class '
+                      f'(of the first {pictures.MAX_SHEET_ROWS} classes)')
+  parser.add_argument('--images_per_class', type=images_per_class, default=8,
+                      help='number of images of each class on the contact sheet, up to 50')
   parser.add_argument('--seed', type=arguments.non_negative_int, default=0,
-                      help='which images are on it')
+                      help='determines which images are on the contact sheet')
   return parser.parse_args(argv)
 
 
 def main(args):
-  report, images = check_dataset(args.dataset_dir, args.dataset_name,
-                                 args.images_per_class if args.contact_sheet else 0, args.seed)
+  report, thumbnails = check_dataset(args.dataset_dir, args.dataset_name,
+                                     args.images_per_class if args.contact_sheet else 0, args.seed)
   if args.contact_sheet:
-    draw_contact_sheet(images, args.contact_sheet)
+    names = list(report['splits']['train']['classes'])
+    files.write_atomically(args.contact_sheet, pictures.draw_contact_sheet(thumbnails, names))
   if args.json:
     print(json.dumps(report))
   else:

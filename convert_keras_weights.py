@@ -1,12 +1,12 @@
-"""Converts the weights of keras.applications.Xception to a slim checkpoint, and back.
+"""Converts the weights of keras.applications.Xception to a slim checkpoint and back.
 
   python convert_keras_weights.py --keras_weights imagenet --output_checkpoint ckpt/xception.ckpt
   python convert_keras_weights.py --checkpoint log --output_keras xception.keras
 
-The first writes a checkpoint, and model_config.json beside it, for the
---checkpoint_path of the other scripts; the second a file that Keras loads.
-Both networks have the same 236 weights, which change their names and nothing
-else: there and back again is the same to the bit.
+The first command writes a checkpoint and its model_config.json, for the
+--checkpoint_path of the other scripts; the second writes a file for Keras. Both
+networks have the same 236 weights under different names, so a round trip
+changes no bit.
 """
 
 import argparse
@@ -31,39 +31,35 @@ import xception
 
 IMAGENET = 'imagenet'
 IMAGENET_CLASSES = 1000
-WEIGHTS_SUFFIXES = ('.h5', '.hdf5', '.keras')  # those that Keras reads
+WEIGHTS_SUFFIXES = ('.h5', '.hdf5', '.keras')
 OUTPUT_SUFFIXES = ('.keras', '.weights.h5', '.h5')
-# Of a checkpoint's files: it is there once the last one is.
+# Renamed into place in this order: TensorFlow finds a checkpoint by its index.
 CHECKPOINT_SUFFIXES = ('.data-00000-of-00001', '.index')
 STATE_FILE = 'checkpoint'  # names the newest checkpoint of a folder
-TIMEOUT_SECS = 30  # of a download, without a byte
+TIMEOUT_SECS = 30  # how long a download may stall
 
-# What slim calls the weights of a layer, in the order of Keras' get_weights().
+# Slim's names of a layer's weights, in the order of Keras' get_weights().
 SLIM_VARIABLES = {
     'Conv2D': ('weights',),
     'SeparableConv2D': ('depthwise_weights', 'pointwise_weights'),
     'BatchNormalization': ('gamma', 'beta', 'moving_mean', 'moving_variance'),
     'Dense': ('weights', 'biases'),
 }
-# Keras gives the convolutions of the residual branches, and their norms, numbers
-# that depend on what was built before: only their order tells which is which.
+# Keras names the residual convolutions and their batch norms by a counter that depends
+# on what the process built before, so they are identified by their order.
 RESIDUAL_CONVS = tuple(f'block{block}_res_conv' for block in (1, 2, 3, 12))
 LOGITS = 'Xception/Logits/weights'
 
-# What goes with which source; its output first.
-OPTIONS = {'keras_weights': ('output_checkpoint', 'num_classes', 'labels'),
-           'checkpoint': ('output_keras', 'use_averages')}
-
 
 class ConversionError(Exception):
-  """Weights that cannot be converted; the message says why and what to do."""
+  """The weights cannot be converted; the message says why and what to do."""
 
 
 def import_keras():
-  """Imports Keras with TensorFlow below it, whatever ~/.keras/keras.json says.
+  """Imports Keras on TensorFlow, whatever ~/.keras/keras.json says.
 
-  Keras needs TensorFlow 2's behavior, which no function of this module
-  switches off. It takes seconds to load: after every cheap check.
+  Keras needs TensorFlow 2's behavior, so nothing in this module switches it
+  off. The import takes seconds: make the cheap checks before it.
   """
   os.environ['KERAS_BACKEND'] = 'tensorflow'
   import keras
@@ -73,14 +69,10 @@ def import_keras():
 
 
 def slim_names(model):
-  """Pairs the layers of Keras' Xception with the variables of the slim network.
+  """Returns a list of (layer, names of its slim variables in get_weights() order).
 
   Args:
-    model: a keras.applications.Xception, with top or without.
-
-  Returns:
-    List of (layer, names), for every layer that has weights: the names of the
-    slim variables in the order of layer.get_weights().
+    model: a keras.applications.Xception, with or without its classifier.
   """
   unnamed = {'Conv2D': iter(RESIDUAL_CONVS), 'BatchNormalization': iter(RESIDUAL_CONVS)}
   pairs = []
@@ -101,24 +93,17 @@ def slim_names(model):
 
 
 def slim_weights(model):
-  """Returns the weights of Keras' Xception as those of the slim network.
-
-  Args:
-    model: a keras.applications.Xception, with top or without.
-
-  Returns:
-    dict from the name of a slim variable to its value, a float32 array.
-  """
+  """Returns {slim variable name: float32 array} of a keras.applications.Xception."""
   weights = {}
   for layer, names in slim_names(model):
     for name, value in zip(names, layer.get_weights()):
-      # Keras' dense layer is a 1 x 1 convolution here.
+      # Keras' dense layer is a 1 x 1 convolution in slim.
       weights[name] = value[None, None] if name == LOGITS else value
   return weights
 
 
 def set_slim_weights(model, weights):
-  """Gives Keras' Xception weights in the form of `slim_weights`."""
+  """Sets the weights of a keras.applications.Xception; the inverse of `slim_weights`."""
   for layer, names in slim_names(model):
     layer.set_weights([weights[name][0, 0] if name == LOGITS else weights[name]
                        for name in names])
@@ -208,16 +193,17 @@ def imagenet_names():
 
 
 def keras_to_slim(keras_weights, num_classes, labels, path, overwrite):
-  """Writes Keras' weights as a checkpoint, and model_config.json beside it.
+  """Writes Keras' weights as a checkpoint with its model_config.json.
 
   Args:
     keras_weights, num_classes: see `load_keras`.
-    labels: the labels.txt of the classes, or None.
-    path: the checkpoint, without its file endings.
-    overwrite: whether it may replace one.
+    labels: path of a labels.txt with the class names, or None.
+    path: path of the checkpoint, without its file endings.
+    overwrite: bool, whether existing files may be replaced.
 
   Raises:
-    ConversionError: the weights cannot be read, or the checkpoint not written.
+    ConversionError: the weights cannot be read or the checkpoint cannot be
+      written.
     flowers.DatasetError: `labels` cannot be read.
   """
   refuse_existing([beside(path, STATE_FILE), beside(path, checkpoints.CONFIG_FILE),
@@ -235,25 +221,24 @@ def keras_to_slim(keras_weights, num_classes, labels, path, overwrite):
       class_names = imagenet_names()
     if class_names is None:
       class_names = [f'class_{i}' for i in range(found_classes)]
-      print(f'The classes are called class_0 to {class_names[-1]}: --labels gives them names')
+      print(f'The classes are named class_0 to {class_names[-1]}; --labels gives other names')
     if len(class_names) != found_classes:
       raise ConversionError(f'{labels} names {len(class_names)} classes, but {keras_weights} has '
-                            f'{found_classes}: give the labels.txt that belongs to it')
+                            f'{found_classes}: give the labels.txt it was trained with')
     config = checkpoints.ModelConfig(
         class_names, image_size=xception.xception.default_image_size, depth_multiplier=1.0, seed=0)
   write_checkpoint(weights, config, path)
   print(f'Wrote {path} and {beside(path, checkpoints.CONFIG_FILE)}' if config else
-        f'Wrote {path} without logits, enough to fine-tune from; so there is no '
-        f'{checkpoints.CONFIG_FILE}')
+        f'Wrote {path} without logits, for fine-tuning; it has no {checkpoints.CONFIG_FILE}')
 
 
 def write_checkpoint(weights, config, path):
-  """Writes a slim checkpoint of step 0.
+  """Writes a slim checkpoint of step 0, replacing existing files.
 
   Args:
-    weights: dict from the name of a variable to its value.
-    config: its ModelConfig, or None for weights without logits.
-    path: the checkpoint, without its file endings; what is there is replaced.
+    weights: dict {variable name: array}.
+    config: a ModelConfig, or None for weights without logits.
+    path: path of the checkpoint, without its file endings.
 
   Raises:
     ConversionError: it cannot be written.
@@ -263,7 +248,7 @@ def write_checkpoint(weights, config, path):
     temporary = os.path.join(folder, os.path.basename(path))
     tf.raw_ops.SaveV2(prefix=temporary, tensor_names=list(values),
                       shape_and_slices=[''] * len(values), tensors=list(values.values()))
-    # Never the index or the configuration of one with the data of another.
+    # An interruption must not leave an old index or configuration beside new data.
     for old in (f'{path}.index', beside(path, checkpoints.CONFIG_FILE)):
       if os.path.exists(old):
         os.remove(old)
@@ -275,18 +260,19 @@ def write_checkpoint(weights, config, path):
 
 
 def slim_to_keras(checkpoint, use_averages, path, overwrite):
-  """Writes a checkpoint's weights as a file of Keras.
+  """Writes a checkpoint's weights as a Keras file.
 
   Args:
-    checkpoint: a checkpoint, or a folder whose newest one is meant.
+    checkpoint: path of a checkpoint, or of a folder whose newest one is used.
     use_averages: 'auto', 'yes' or 'no', see `checkpoints.stored_names`.
-    path: the file; .weights.h5 holds weights, .keras and .h5 a whole model.
-    overwrite: whether it may replace one.
+    path: path of the file: .weights.h5 for weights, .keras or .h5 for a whole
+      model.
+    overwrite: bool, whether an existing file may be replaced.
 
   Raises:
-    ConversionError: the checkpoint is not of Keras' network or is damaged, or
-      the file cannot be written.
-    checkpoints.CheckpointError: there is no checkpoint, or no averages.
+    ConversionError: the checkpoint is damaged or holds another network, or the
+      file cannot be written.
+    checkpoints.CheckpointError: there is no checkpoint, or it has no averages.
   """
   refuse_existing([path], overwrite)
   checkpoint = checkpoints.find(None, checkpoint)
@@ -299,10 +285,10 @@ def slim_to_keras(checkpoint, use_averages, path, overwrite):
     set_slim_weights(model, {name: reader.get_tensor(names[name]) for name in names})
   except tf.errors.OpError as error:
     raise ConversionError(f'{checkpoint} is damaged ({error.message}): '
-                          'convert another one') from error
+                          'convert another checkpoint') from error
   size, num_classes = model.input_shape[1], model.output_shape[1]
   print(f'Read {len(names)} weights of {checkpoint}: '
-        f'{"their Polyak averages" if are_averages else "the weights themselves, no averages"}; '
+        f'{"their Polyak averages" if are_averages else "the weights, not averages"}; '
         f'{model.count_params():,} parameters, {num_classes} classes, images of {size} x {size}')
 
   with folder_beside(path) as folder:
@@ -314,23 +300,23 @@ def slim_to_keras(checkpoint, use_averages, path, overwrite):
 
 
 def build_for(checkpoint, stored):
-  """Builds Keras' Xception for the weights of a checkpoint.
+  """Builds Keras' Xception with the classes and the image size of a checkpoint.
 
   Args:
-    checkpoint: its path.
-    stored: dict from the names of its variables to their shapes, lists.
+    checkpoint: path of the checkpoint.
+    stored: dict {variable name: shape as a list} of the checkpoint.
 
   Returns:
-    A Keras model with as many classes as the checkpoint, for images of its size.
+    A Keras model of random weights.
 
   Raises:
-    ConversionError: the checkpoint has other variables than Keras' Xception.
-    checkpoints.CheckpointError: its model_config.json is damaged.
+    ConversionError: the variables are not those of Keras' Xception.
+    checkpoints.CheckpointError: model_config.json is damaged.
   """
   layers = {name.split('/')[1] for name in stored if name.startswith('Xception/')}
   if layers and LOGITS not in stored:
-    raise ConversionError(f'{checkpoint} has no logits, and the weights of Keras\' classifier '
-                          'would be random: convert one that was trained')
+    raise ConversionError(f'{checkpoint} has no logits, so Keras\' classifier would be random: '
+                          'convert a checkpoint of a trained network')
   size = xception.xception.default_image_size
   if os.path.exists(beside(checkpoint, checkpoints.CONFIG_FILE)):
     size = checkpoints.load_config(checkpoint).image_size
@@ -341,34 +327,34 @@ def build_for(checkpoint, stored):
   odd = [f'lacks {name}' for name in expected if name not in stored]
   odd += [f'has {layer}' for layer in sorted(layers - {name.split('/')[1] for name in expected})]
   if odd:
-    raise ConversionError(f'{checkpoint} is of another network than Keras\' Xception, it {odd[0]}: '
-                          'convert one that train_flowers.py wrote')
+    raise ConversionError(f'{checkpoint} does not hold Keras\' Xception: it {odd[0]}. Convert a '
+                          'checkpoint that train_flowers.py wrote')
   for name, shape in expected.items():
     if stored[name] != shape:
       raise ConversionError(
-          f'{checkpoint} is of another width than Keras\' Xception, {name} is {stored[name]} '
-          f'and not {shape}: train with --depth_multiplier 1')
+          f'{checkpoint} does not have the width of Keras\' Xception: {name} is {stored[name]}, '
+          f'not {shape}. Train with --depth_multiplier 1')
   return model
 
 
 def beside(path, name):
-  """Returns the path of another file in the folder of `path`."""
+  """Returns the path of the file `name` in the folder of `path`."""
   return os.path.join(os.path.dirname(path), name)
 
 
 def refuse_existing(paths, overwrite):
-  """Raises a ConversionError if one of the paths exists, unless it may be overwritten."""
+  """Raises a ConversionError if one of the paths exists and overwrite is False."""
   for path in paths:
     if os.path.exists(path) and not overwrite:
-      raise ConversionError(f'{path} exists: choose another folder or name, or --overwrite')
+      raise ConversionError(f'{path} exists: choose another folder or name, or give --overwrite')
 
 
 @contextlib.contextmanager
 def folder_beside(path):
-  """Gives a temporary folder in that of `path`, from which a file can be renamed to it.
+  """Yields a temporary folder in the folder of `path`, so a rename can move files to it.
 
   Raises:
-    ConversionError: what is done with it fails because files cannot be written.
+    ConversionError: a file cannot be written while the folder is in use.
   """
   folder = os.path.dirname(path) or '.'
   try:
@@ -376,8 +362,8 @@ def folder_beside(path):
     with tempfile.TemporaryDirectory(prefix='converted_', suffix='.tmp', dir=folder) as temporary:
       yield temporary
   except (OSError, tf.errors.OpError) as error:
-    raise ConversionError(f'Cannot write {path} ({getattr(error, "message", error)}): make room, '
-                          'or choose another folder') from error
+    raise ConversionError(f'Cannot write {path} ({getattr(error, "message", error)}): free some '
+                          'space, or choose another folder') from error
 
 
 def checkpoint_name(text):
@@ -398,44 +384,40 @@ def keras_file_name(text):
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__.split('\n')[0], formatter_class=arguments.HelpFormatter)
-  group = parser.add_argument_group('from Keras to slim')
-  group.add_argument('--keras_weights', metavar='FILE',
-                     help='.h5, .weights.h5 or .keras, of weights or a whole model; or the word '
-                     f'{IMAGENET}: Keras downloads its ImageNet weights')
-  group.add_argument('--output_checkpoint', type=checkpoint_name,
-                     help='checkpoint to write, like ckpt/xception.ckpt; model_config.json comes '
-                     'beside it')
-  group.add_argument('--num_classes', type=arguments.non_negative_int,
-                     help='how many classes FILE has, 0 if it has no top; for '
-                     f'{IMAGENET}, 0 leaves the logits out (default: {IMAGENET_CLASSES})')
-  group.add_argument('--labels', help='a labels.txt with the names of the classes (default: '
-                     f'those of ImageNet for {IMAGENET}, else class_0, class_1, ...)')
-  group = parser.add_argument_group('from slim to Keras')
-  group.add_argument('--checkpoint',
-                     help='a checkpoint, or a folder whose newest one is meant')
-  group.add_argument('--output_keras', type=keras_file_name,
-                     help='file to write: .keras and .h5 hold a whole model, .weights.h5 weights')
-  group.add_argument('--use_averages', choices=['auto', 'yes', 'no'],
-                     help='whether the Polyak averages of the weights are converted; auto does '
-                     'if the checkpoint has them (default: auto)')
+  source = parser.add_argument_group('source').add_mutually_exclusive_group(required=True)
+  source.add_argument('--keras_weights', metavar='FILE',
+                      help='weights or a whole model in .h5, .weights.h5 or .keras, or the word '
+                      f'{IMAGENET} to let Keras download its ImageNet weights')
+  source.add_argument('--checkpoint',
+                      help='a checkpoint, or a folder whose newest checkpoint is converted')
+  to_slim = parser.add_argument_group('from Keras to slim, with --keras_weights')
+  to_slim.add_argument('--output_checkpoint', type=checkpoint_name,
+                       help='checkpoint to write, like ckpt/xception.ckpt; model_config.json is '
+                       'written beside it')
+  to_slim.add_argument('--num_classes', type=arguments.non_negative_int,
+                       help='number of classes in FILE, 0 if it has no classifier; with '
+                       f'{IMAGENET}, 0 leaves the logits out (default: {IMAGENET_CLASSES})')
+  to_slim.add_argument('--labels', help='a labels.txt with the class names (default: the ImageNet '
+                       f'names for {IMAGENET}, otherwise class_0, class_1, ...)')
+  to_keras = parser.add_argument_group('from slim to Keras, with --checkpoint')
+  to_keras.add_argument('--output_keras', type=keras_file_name,
+                        help='file to write: .keras or .h5 for a whole model, .weights.h5 for '
+                        'weights')
+  to_keras.add_argument('--use_averages', choices=['auto', 'yes', 'no'],
+                        help='whether to convert the Polyak averages of the weights; auto does '
+                        'if the checkpoint has them (default: auto)')
   parser.add_argument('--overwrite', action='store_true', help='replace existing files')
   args = parser.parse_args(argv)
-  check_direction(parser, args)
+
+  given, other, output = (('--keras_weights', to_keras, '--output_checkpoint')
+                          if args.checkpoint is None else
+                          ('--checkpoint', to_slim, '--output_keras'))
+  for action in other._group_actions:
+    if getattr(args, action.dest) is not None:
+      parser.error(f'{action.option_strings[0]} does not go with {given}')
+  if getattr(args, output.removeprefix('--')) is None:
+    parser.error(f'{given} needs {output}')
   return args
-
-
-def check_direction(parser, args):
-  """Ends the script unless the options are those of one direction."""
-  given = [source for source in OPTIONS if getattr(args, source) is not None]
-  if len(given) != 1:
-    parser.error('give either --keras_weights or --checkpoint')
-  for source, names in OPTIONS.items():
-    for name in names:
-      if source not in given and getattr(args, name) is not None:
-        parser.error(f'--{name} goes with --{source}, not with --{given[0]}')
-  output = OPTIONS[given[0]][0]
-  if getattr(args, output) is None:
-    parser.error(f'--{given[0]} needs --{output}')
 
 
 def main(args):
@@ -449,8 +431,7 @@ def main(args):
 
 
 if __name__ == '__main__':
-  # TensorFlow 2's behavior stays on here: Keras needs it. GPUs are not needed,
-  # and may be training.
+  # TensorFlow 2's behavior stays on because Keras needs it. The GPUs may be busy training.
   os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
   try:
     main(parse_args())

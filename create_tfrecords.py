@@ -1,11 +1,11 @@
-"""Makes TFRecords of a folder of images that has one sub-folder a class.
+"""Creates a TFRecord dataset from a folder that has one subfolder of images per class.
 
   python create_tfrecords.py --image_dir flower_photos --dataset_dir my_flowers
 
-Writes shards of training and validation images, labels.txt, and rejected.csv
-if files could not be used, with the reason for each. The same images and seed
-give the same shards on every machine. Nothing is written under its own name
-before everything is.
+Writes shards of training and validation images, labels.txt and, if some files
+could not be used, rejected.csv with the reasons. The same images and seed give
+the same shards on every machine. The files get their final names only after all
+of them are complete.
 """
 
 import argparse
@@ -24,20 +24,21 @@ def parse_args(argv=None):
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
                                    formatter_class=arguments.HelpFormatter)
   parser.add_argument('--image_dir', required=True,
-                      help='folder with one sub-folder of images a class')
+                      help='folder with one subfolder of images per class')
   parser.add_argument('--dataset_dir', required=True, help='folder to write to')
   parser.add_argument('--dataset_name', default=flowers.DATASET_NAME,
-                      help='first part of the files\' names')
+                      help='prefix of the file names')
   parser.add_argument('--validation_fraction', type=arguments.fraction, default=0.1,
-                      help='share of every class that is kept from training')
+                      help='share of each class that goes to the validation split')
   parser.add_argument('--num_shards', type=arguments.positive_int, default=2,
-                      help='files per split')
+                      help='number of files per split')
   parser.add_argument('--seed', type=arguments.non_negative_int, default=0,
-                      help='of the split and the order')
+                      help='determines the split and the order of the images')
   parser.add_argument('--num_workers', type=arguments.positive_int,
-                      help='images decoded at the same time (default: one a core)')
+                      help='number of images to decode in parallel (default: one per core)')
   parser.add_argument('--labels_file',
-                      help='labels.txt whose ids are kept (default: folders in sorted order)')
+                      help='labels.txt with the ids of the classes (default: class names are '
+                      'numbered in sorted order)')
   parser.add_argument('--overwrite', action='store_true', help='replace an existing dataset')
   return parser.parse_args(argv)
 
@@ -50,7 +51,7 @@ if __name__ == '__main__':
                    args.labels_file, args.overwrite)
   except (flowers.DatasetError, OSError) as error:
     sys.exit(f'create_tfrecords.py: {error}')
-  except tf.errors.OpError as error:  # TFRecordWriter's OSError, of a full disk for instance
+  except tf.errors.OpError as error:  # what TFRecordWriter raises if, say, the disk is full
     sys.exit(f'create_tfrecords.py: the TFRecords cannot be written: {error.message}')
   except KeyboardInterrupt:
     sys.exit('create_tfrecords.py: interrupted; nothing was written')

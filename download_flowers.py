@@ -1,18 +1,17 @@
-"""Downloads the flower photographs and makes TFRecords of them.
+"""Downloads the flower photographs and creates a TFRecord dataset from them.
 
   python download_flowers.py --dataset_dir flower_data
 
-Fetches flower_photos.tgz (229 MB; 3,670 photographs of five classes), goes on
-where an earlier run was interrupted, verifies the checksum, unpacks it into
-flower_photos in --dataset_dir, and writes the shards and labels.txt beside it.
-The photographs are CC-BY; flower_photos/LICENSE.txt names those who took them.
+Downloads flower_photos.tgz (229 MB, 3,670 photographs of five classes), verifies
+its checksum, unpacks it to flower_photos in --dataset_dir, and writes the shards
+and labels.txt beside it. A second run resumes an interrupted download. The
+photographs are licensed CC-BY; flower_photos/LICENSE.txt credits their authors.
 """
 
 import argparse
 import gzip
 import http.client
 import os
-import pathlib
 import re
 import shutil
 import sys
@@ -34,7 +33,7 @@ from records import flowers
 
 URLS = (
     'https://download.tensorflow.org/example_images/flower_photos.tgz',
-    # The checksum, not the connection, tells that it is the archive.
+    # Plain HTTP is safe because the checksum is verified.
     'http://download.tensorflow.org/example_images/flower_photos.tgz',
 )
 SHA256 = '4c54ace7911aaffe13a365c34f650e71dd5bf1be0a58b464e5a7183e3e595d9c'
@@ -44,24 +43,24 @@ PHOTOS = 'flower_photos'
 LICENSE = 'LICENSE.txt'
 
 ATTEMPTS = 4
-FIRST_PAUSE_SECS = 1.0  # doubled from one attempt to the next
-TIMEOUT_SECS = 30  # without a byte
+FIRST_PAUSE_SECS = 1.0  # between attempts; doubles each time
+TIMEOUT_SECS = 30  # without receiving a byte
 CHUNK = 1 << 16  # bytes
-BUSY = (408, 425, 429)  # the refusals of HTTP that another attempt may not meet
-# What an archive may unpack to; the photographs are some 3,700 members of 230 MB.
+BUSY = (408, 425, 429)  # HTTP client errors that may be temporary
+# Limits against decompression bombs; the photographs are about 3,700 files of 230 MB.
 MAX_MEMBERS = 100_000
 MAX_BYTES = 4 * 2**30
-# All that tarfile lets through of a damaged or a hostile archive.
+# What tarfile raises on damaged and hostile archives.
 BAD_ARCHIVE = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError,
                OverflowError, RecursionError)
 
 
 class DownloadError(Exception):
-  """The archive cannot be fetched, or is not what it should be."""
+  """The archive cannot be downloaded or unpacked; the message says what to do."""
 
 
 class ServerError(Exception):
-  """A URL did not give the file; `is_final` tells that it would not later either."""
+  """A URL did not deliver the file; `is_final` says that a retry is pointless."""
 
   def __init__(self, message, is_final=False):
     super().__init__(message)
@@ -69,17 +68,17 @@ class ServerError(Exception):
 
 
 def fetch(urls, path, sha256, size=None):
-  """Downloads a file and gives it its name when its checksum is right.
+  """Downloads a file, and renames it to `path` once its checksum is verified.
 
   Args:
-    urls: where it is; tried in turns.
-    path: file to write; what was fetched so far is kept as `path`.part.
-    sha256: the expected checksum, hexadecimal, in small letters.
-    size: the expected size in bytes; None is any up to MAX_BYTES.
+    urls: URLs of the file, tried in turn.
+    path: path of the file; an incomplete download is kept as `path`.part.
+    sha256: expected SHA-256 in lowercase hexadecimal.
+    size: expected size in bytes; None accepts any size up to MAX_BYTES.
 
   Raises:
-    DownloadError: no URL gives the file, its checksum is another, or it cannot
-      be written.
+    DownloadError: no URL delivers the file, its checksum is wrong, or it cannot be
+      written.
   """
   part = path + '.part'
   while True:
@@ -93,17 +92,17 @@ def fetch(urls, path, sha256, size=None):
       found_size = os.path.getsize(part)
       os.remove(part)
     except OSError as error:
-      raise DownloadError(f'Cannot write {part} ({error.strerror}): make room, or choose another '
-                          '--dataset_dir; run it again to go on') from error
+      raise DownloadError(f'Cannot write {part} ({error.strerror}): free some space or use another '
+                          '--dataset_dir, then run the script again to resume') from error
     if not resumed:
       raise DownloadError(
-          f'The checksum of the {found_size} bytes that {url} gave is {found}, not {sha256}: they '
-          'were removed. Run it again, or give another --url, or the --sha256 of another archive')
-    print(f'{part} was not the beginning of this file: starting anew', file=sys.stderr)
+          f'The {found_size} bytes from {url} have the checksum {found}, not {sha256}, and were '
+          'deleted. Run the script again, or use another --url, or the --sha256 of that archive')
+    print(f'{part} was not the beginning of this file: downloading it anew', file=sys.stderr)
 
 
 def fetch_from_any(urls, part, size):
-  """Completes `part` from the first URL that gives the file; returns that URL."""
+  """Completes `part` from the first URL that delivers the file; returns that URL."""
   failures = {}
   for attempt in range(ATTEMPTS):
     for url in urls:
@@ -118,16 +117,16 @@ def fetch_from_any(urls, part, size):
     if attempt < ATTEMPTS - 1:
       time.sleep(FIRST_PAUSE_SECS * 2**attempt)
   reasons = '; '.join(f'{url}: {error}' for url, error in failures.items())
-  raise DownloadError(f'Cannot download the photographs: {reasons}. Run it again to go on, '
-                      'or give a mirror or a local file:// with --url')
+  raise DownloadError(f'Cannot download the photographs: {reasons}. Run the script again to '
+                      'resume, or pass a mirror or a local file:// as --url')
 
 
 def fetch_rest(url, part, size):
-  """Appends to `part` what it lacks of the file at a URL.
+  """Downloads the rest of a partial file.
 
   Raises:
-    ServerError: the server refuses, has a file of another size, or the
-      connection ended early.
+    ServerError: the server refuses, has a file of another size, or closes the
+      connection early.
     OSError: `part` cannot be written.
   """
   start = os.path.getsize(part) if os.path.exists(part) else 0
@@ -137,14 +136,14 @@ def fetch_rest(url, part, size):
   with response:
     continued = response.status == 206
     if continued and not response.headers.get('Content-Range', '').startswith(f'bytes {start}-'):
-      raise ServerError(f'asked for what follows byte {start}, it sends '
+      raise ServerError(f'asked for the bytes from {start} on, it sent '
                         f'{response.headers.get("Content-Range")}', is_final=True)
     start = start if continued else 0
     length = response.headers.get('Content-Length', '')
     total = start + int(length) if length.isdecimal() else size
-    # Before `part` is touched: this may be the login page of a wireless network.
+    # Checked before `part` is changed: this may be the login page of a wireless network.
     if size and total != size:
-      raise ServerError(f'the file there has {total} bytes, not {size}', is_final=True)
+      raise ServerError(f'the file has {total} bytes, not {size}', is_final=True)
     limit = size or MAX_BYTES
     with open(part, 'ab' if continued else 'wb') as f, tqdm.tqdm(
         desc='Downloading', total=total, initial=start, unit='B', unit_scale=True,
@@ -153,20 +152,20 @@ def fetch_rest(url, part, size):
         f.write(chunk)
         progress.update(len(chunk))
         if f.tell() > limit:
-          raise ServerError(f'it sends more than {limit} bytes', is_final=True)
+          raise ServerError(f'the file has more than {limit} bytes', is_final=True)
       if total is not None and f.tell() < total:
-        raise ServerError(f'the connection ended after {f.tell()} of {total} bytes')
+        raise ServerError(f'the connection closed after {f.tell()} of {total} bytes')
 
 
 def open_url(url, start):
-  """Asks for a file from byte `start` on.
+  """Requests a file from byte `start` on.
 
   Returns:
-    A response, whose status is 206 if it begins there; None if the file has no
-    byte there.
+    The response, with status 206 if it begins at `start`; None if the file ends
+    before.
 
   Raises:
-    ServerError: the server cannot be reached, or refuses; or this is no URL.
+    ServerError: the server cannot be reached or refuses, or the URL is invalid.
   """
   is_local = url.startswith('file:')
   try:
@@ -183,7 +182,7 @@ def open_url(url, start):
 
 
 def read_chunks(response):
-  """Yields the bytes of a response as they come; raises ServerError if it breaks."""
+  """Yields the bytes of a response as they arrive; raises ServerError if it breaks off."""
   while True:
     try:
       chunk = response.read1(CHUNK)
@@ -195,15 +194,14 @@ def read_chunks(response):
 
 
 def unpack(archive, folder):
-  """Unpacks an archive of one folder, and gives this its name when it is complete.
+  """Unpacks an archive that holds a single folder, and renames the complete folder.
 
   Args:
-    archive: a .tgz file.
-    folder: what its folder is to be called; it must not exist.
+    archive: path of a .tgz file.
+    folder: path of the unpacked folder, which must not exist.
 
   Raises:
-    DownloadError: the archive is damaged, or would write elsewhere, make links
-      or devices, write a file twice, or fill the disk; or there is no room.
+    DownloadError: the archive is damaged, hostile or too large, or the disk is full.
       Nothing of it is kept.
   """
   temporary = folder + '.tmp'
@@ -211,45 +209,35 @@ def unpack(archive, folder):
   try:
     os.mkdir(temporary)
     with tarfile.open(archive, 'r:gz') as tar:
-      for member in checked_members(tar):
-        tar.extract(member, temporary, filter='data')
+      tar.extractall(temporary, _limited_members(tar), filter='data')
     top = os.listdir(temporary)
     if len(top) != 1 or not os.path.isdir(os.path.join(temporary, top[0])):
       raise DownloadError(f'{archive} should hold one folder, but it holds {sorted(top)[:5]}: '
-                          'give another --url')
+                          'use another --url')
     os.rename(os.path.join(temporary, top[0]), folder)
   except BAD_ARCHIVE as error:
-    raise DownloadError(f'{archive} cannot be unpacked: {error}. Give another --url') from error
+    raise DownloadError(f'Cannot unpack {archive}: {error}. Use another --url') from error
   except OSError as error:
-    raise DownloadError(f'Cannot unpack {archive} to {folder} ({error.strerror}), nothing of '
-                        'it was kept: make room, or give another --dataset_dir or --url') from error
+    raise DownloadError(f'Cannot unpack {archive} to {folder} ({error.strerror}); nothing was '
+                        'kept: free some space, or use another --dataset_dir or --url') from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def checked_members(tar):
-  """Yields the members of an archive; raises DownloadError at one that is not harmless."""
-  paths, size = set(), 0
-  for member in tar:
-    path = pathlib.PurePosixPath(member.name)
+def _limited_members(tar):
+  # Links are refused because Python's data filter has let chains of them lead outside.
+  size = 0
+  for number, member in enumerate(tar, 1):
     size += member.size
-    if path.is_absolute() or '..' in path.parts:
-      raise DownloadError(f'The archive would write outside of its folder: {member.name!r}. '
-                          'Give another --url')
     if not (member.isfile() or member.isdir()):
-      raise DownloadError(f'The archive holds {member.name!r}, neither a file nor a folder: '
-                          'give another --url')
-    if path in paths:
-      raise DownloadError(f'The archive holds {member.name!r} twice: give another --url')
-    paths.add(path)
-    if len(paths) > MAX_MEMBERS or size > MAX_BYTES:
-      raise DownloadError(f'The archive unpacks to more than {MAX_MEMBERS} files or '
-                          f'{MAX_BYTES} bytes: give another --url')
+      raise tarfile.ExtractError(f'{member.name!r} is neither a file nor a folder')
+    if number > MAX_MEMBERS or size > MAX_BYTES:
+      raise tarfile.ExtractError(f'it holds more than {MAX_MEMBERS} files or {MAX_BYTES} bytes')
     yield member
 
 
 def checksum(text):
-  """Returns a SHA-256 in small letters; the argparse type of --sha256."""
+  """The argparse type of --sha256; returns lowercase hexadecimal."""
   if not re.fullmatch('[0-9a-fA-F]{64}', text):
     raise argparse.ArgumentTypeError(f'must be 64 hexadecimal digits, got {text}')
   return text.lower()
@@ -258,18 +246,18 @@ def checksum(text):
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__.split('\n')[0], formatter_class=arguments.HelpFormatter,
-      epilog='The photographs are CC-BY: flower_photos/LICENSE.txt names those who took them.')
+      epilog='The photographs are licensed CC-BY; flower_photos/LICENSE.txt credits their authors.')
   parser.add_argument('--dataset_dir', required=True, help='folder to write to')
-  parser.add_argument('--url', help='a mirror, or a local file:// (default: '
+  parser.add_argument('--url', help='URL of a mirror, or a local file:// (default: '
                       'download.tensorflow.org)')
   parser.add_argument('--sha256', type=checksum, default=SHA256, help='checksum of the archive')
   parser.add_argument('--validation_fraction', type=arguments.fraction,
                       default=VALIDATION_FRACTION,
-                      help='share of every class that is kept from training')
+                      help='share of each class that goes to the validation split')
   parser.add_argument('--num_shards', type=arguments.positive_int, default=2,
-                      help='files per split')
+                      help='number of files per split')
   parser.add_argument('--seed', type=arguments.non_negative_int, default=0,
-                      help='of the split and the order')
+                      help='determines the split and the order of the images')
   parser.add_argument('--overwrite', action='store_true', help='replace existing TFRecords')
   return parser.parse_args(argv)
 
@@ -278,7 +266,7 @@ def main(args):
   try:
     os.makedirs(args.dataset_dir, exist_ok=True)
   except OSError as error:
-    raise DownloadError(f'Cannot make the folder {args.dataset_dir} ({error.strerror}): choose '
+    raise DownloadError(f'Cannot create the folder {args.dataset_dir} ({error.strerror}): use '
                         'another --dataset_dir') from error
   archive = os.path.join(args.dataset_dir, PHOTOS + '.tgz')
   photos = os.path.join(args.dataset_dir, PHOTOS)
@@ -291,13 +279,13 @@ def main(args):
     creation.create_dataset(
         photos, args.dataset_dir, validation_fraction=args.validation_fraction,
         num_shards=args.num_shards, seed=args.seed, overwrite=args.overwrite)
-  except tf.errors.OpError as error:  # TFRecordWriter's OSError
-    raise DownloadError(f'Cannot write the TFRecords ({error.message}): make room, and run it '
-                        'again') from error
+  except tf.errors.OpError as error:  # what TFRecordWriter raises if, say, the disk is full
+    raise DownloadError(f'Cannot write the TFRecords ({error.message}): free some space, then run '
+                        'the script again') from error
   print(f'Wrote {args.dataset_dir}')
   credits = os.path.join(photos, LICENSE)
   if os.path.exists(credits):
-    print(f'The photographs are CC-BY: {credits} names those who took them')
+    print(f'The photographs are licensed CC-BY; {credits} credits their authors')
 
 
 if __name__ == '__main__':
@@ -306,4 +294,4 @@ if __name__ == '__main__':
   except (DownloadError, flowers.DatasetError, OSError) as error:
     sys.exit(f'download_flowers.py: {error}')
   except KeyboardInterrupt:
-    sys.exit('download_flowers.py: interrupted; run it again to go on')
+    sys.exit('download_flowers.py: interrupted; run the script again to resume')

@@ -21,11 +21,103 @@ import os
 # Before TensorFlow is loaded: leaves warnings and errors, drops the C++ chatter.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1')
 
+import contextlib
+import ctypes
 import importlib
-import importlib.metadata
+import re
+import subprocess
+import sys
 import warnings
 
-import tensorflow.compat.v1 as tf
+# Lines that TensorFlow 2.21 writes to file descriptor 2 at every start, whatever
+# TF_CPP_MIN_LOG_LEVEL is; regular expressions that match from the beginning of a line.
+KNOWN_LINES = (
+    # oneDNN is on by default, and asks for nothing.
+    r'I\d{4} .* port\.cc:\d+\] oneDNN custom operations are on\.',
+)
+# Without an NVIDIA driver these only say that there is no GPU; with one, they say what is wrong.
+KNOWN_LINES_WITHOUT_DRIVER = (
+    r'I\d{4} .* cudart_stub\.cc:\d+\] Could not find cuda drivers on your machine',
+    r'E\d{4} .* cuda_platform\.cc:\d+\] failed call to cuInit: INTERNAL: CUDA error: ',
+)
+# absl's heading over the first line that it logs: it is dropped if that line is.
+ABSL_HEADING = rb'WARNING: All log messages before absl::InitializeLog\(\) is called'
+
+NVIDIA_DRIVER_FILES = ('/proc/driver/nvidia/version', '/dev/nvidiactl', '/dev/dxg')  # dxg: WSL
+
+
+def has_nvidia_driver():
+  """Returns whether an NVIDIA driver is installed, be it working or broken."""
+  if any(map(os.path.exists, NVIDIA_DRIVER_FILES)):
+    return True
+  try:
+    ctypes.CDLL('libcuda.so.1')  # loads the library, but does not initialize CUDA
+    return True
+  except OSError:
+    return False
+
+
+@contextlib.contextmanager
+def drop_known_lines():
+  """Keeps the known lines off stderr while TensorFlow starts; all others pass unchanged.
+
+  The lines are read by another process. A thread of this one would need the GIL, which
+  `import tensorflow` holds while its C++ code runs: if that aborts, the reason would be lost.
+
+  TF_CPP_MIN_LOG_LEVEL=0 shows everything.
+  """
+  stderr = reader = None
+  if os.environ['TF_CPP_MIN_LOG_LEVEL'] != '0':
+    with contextlib.suppress(OSError):  # stderr is closed, or no process can be started
+      stderr = os.dup(2)
+      patterns = KNOWN_LINES + (() if has_nvidia_driver() else KNOWN_LINES_WITHOUT_DRIVER)
+      reader = subprocess.Popen(
+          [sys.executable, '-I', '-S', __file__, *patterns], stdin=subprocess.PIPE,
+          start_new_session=True)  # Ctrl-C does not end it before this process
+      os.dup2(reader.stdin.fileno(), 2)
+  try:
+    yield
+  finally:
+    if reader is not None:
+      os.dup2(stderr, 2)
+      reader.stdin.close()
+      reader.wait()
+    if stderr is not None:
+      os.close(stderr)
+
+
+def copy_unknown_lines(lines, patterns, output):
+  """Writes every line that matches none of the patterns as soon as it is read.
+
+  Args:
+    lines: iterable of bytes.
+    patterns: list of regular expressions, str.
+    output: unbuffered binary file.
+  """
+  known = re.compile('|'.join(patterns).encode())
+  heading = b''
+  for line in lines:
+    if re.match(ABSL_HEADING, line):
+      output.write(heading)
+      heading = line
+      continue
+    if not known.match(line):
+      output.write(heading + line)
+    heading = b''
+  output.write(heading)
+
+
+if __name__ == '__main__':  # the process that drop_known_lines starts
+  with open(2, 'wb', buffering=0) as real_stderr:
+    copy_unknown_lines(sys.stdin.buffer, sys.argv[1:], real_stderr)
+  sys.exit()
+
+with drop_known_lines():
+  import tensorflow.compat.v1 as tf
+  # The first query for GPUs in a process initializes CUDA, or fails to. With a driver it is left
+  # to the scripts, which may set CUDA_VISIBLE_DEVICES first and must show what goes wrong.
+  if not has_nvidia_driver():
+    tf.config.list_physical_devices('GPU')
 
 # Where tf-slim 1.1.0 looks a name up -> where TensorFlow 2.21 keeps it; all
 # modules below `tensorflow.python`.
@@ -93,6 +185,7 @@ def _is_no_deprecation_notice(record):
 
 
 def _unknown_versions(detail):
+  import importlib.metadata  # slow to import, and hardly ever needed
   try:
     slim_version = importlib.metadata.version('tf-slim')
   except importlib.metadata.PackageNotFoundError:

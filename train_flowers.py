@@ -2,13 +2,13 @@
 
   python train_flowers.py --dataset_dir dataset --log_dir log
 
-Every GPU of the machine gets a tower, a replica of the network that works on
-its part of the batch; their gradients are averaged. Writes checkpoints,
-`model_config.json` and TensorBoard events into --log_dir. The same command
-again resumes where the last checkpoint was written.
+Every GPU gets a tower, a replica of the network that works on its part of the
+batch, and the towers' gradients are averaged. Writes checkpoints,
+`model_config.json` and TensorBoard events to --log_dir. The same command run
+again resumes from the newest checkpoint.
 
-With TF_CONFIG in the environment it is one of several workers that train
-together; only the first of them writes.
+With TF_CONFIG in the environment, several workers train together and only the
+first of them writes.
 """
 
 import functools
@@ -35,19 +35,16 @@ from training import plan as training_plan
 from training import step as training_step
 import xception
 
-SAVE_IMAGES_SECS = 300  # image summaries fill a disk sooner than anything else
+SAVE_IMAGES_SECS = 300  # image summaries are large
 
 
 def build_graph(plan, args, recipe, workers):
-  """Builds the graph, from the files of the dataset to the update of the weights.
-
-  Returns:
-    A TrainStep.
-  """
+  """Builds the graph from the dataset's files to the weight update; returns a TrainStep."""
   tf.set_random_seed(plan.config.seed)
   global_step = tf.train.get_or_create_global_step()
   learning_rate = optimization.build_learning_rate(
-      recipe, global_step, plan.steps_per_epoch, args.batch_size, plan.max_steps)
+      recipe, training_step.get_or_create_next_image(), plan.dataset.num_samples, args.batch_size,
+      plan.total_images)
   optimizer = optimization.build_optimizer(recipe, learning_rate)
   if args.precision == 'float16':
     optimizer = precision.scale_loss(optimizer)
@@ -75,11 +72,11 @@ def build_graph(plan, args, recipe, workers):
 
 
 def restore_weights(plan, args, workers):
-  """Decides which weights training starts from, and says it.
+  """Decides which weights training starts from, and prints the decision.
 
   Returns:
-    A function of a Scaffold and a session that restores the weights of
-    --checkpoint_path, or None; other workers than the chief receive its weights.
+    A Scaffold's init_fn that restores --checkpoint_path, or None. Only the chief
+    restores: the other workers receive its weights.
 
   Raises:
     checkpoints.CheckpointError: a checkpoint does not fit the graph.
@@ -87,9 +84,9 @@ def restore_weights(plan, args, workers):
   if plan.checkpoint:
     checkpoints.check_same_variables(plan.checkpoint)
     if args.checkpoint_path:
-      print(f'Warning: --checkpoint_path {args.checkpoint_path} is NOT used, because '
-            f'{plan.log_dir} already holds step {plan.start_step} and training resumes there. '
-            'To start from --checkpoint_path, choose another --log_dir', file=sys.stderr)
+      print(f'Warning: --checkpoint_path {args.checkpoint_path} is NOT used: training resumes '
+            f'from step {plan.start_step} in {plan.log_dir}. To start from --checkpoint_path, '
+            'choose another --log_dir', file=sys.stderr)
     return None
   if not args.checkpoint_path or not workers.is_chief:
     return None
@@ -100,21 +97,21 @@ def restore_weights(plan, args, workers):
 
 
 def build_hooks(plan, args, train_step, scaffold, workers):
-  """Returns the hooks of a run that watch and save it: {name: hook}."""
+  """Returns the hooks that report, save and evaluate a run: {name: hook}."""
   writer = tf.summary.FileWriterCache.get(plan.log_dir)
   hooks = {
       'bad_records': training_hooks.BadRecordsHook(
           train_step.global_step, train_step.positions, plan.dataset, plan.config.seed,
           plan.first_image, args.batch_size, workers, args.max_bad_fraction, writer),
       'progress': training_hooks.ProgressHook(
-          train_step.global_step, train_step.loss, train_step.accuracy, args.batch_size,
-          workers.size * len(plan.devices), plan.dataset.num_samples, plan.max_steps,
+          train_step.global_step, training_step.get_or_create_next_image(), train_step.loss,
+          train_step.accuracy, args.batch_size, workers.size * len(plan.devices), plan,
           args.log_every_n_steps, writer),
   }
   if workers.is_chief:
     hooks.update(build_chief_hooks(plan, args, train_step, scaffold, writer))
   if args.eval_every_epochs:
-    # All workers decide by the chief's record, so that they stop together.
+    # Every worker compares with the chief's best, so that all stop at the same step.
     best = workers.all_gather(evaluation_hook.read_best(plan.log_dir))[0]
     hooks['evaluation'] = evaluation_hook.EvaluationHook(
         evaluator.Evaluator(
@@ -165,11 +162,11 @@ def main(args):
 
 
 def train(plan, args, recipe, session_config, workers):
-  """Trains as planned, from the graph to the last checkpoint."""
+  """Trains from the plan's first step to its last and saves the result."""
   training_plan.show(plan, args, recipe, workers)
   if plan.start_step >= plan.max_steps:
     print(f'{plan.log_dir} is already trained to step {plan.start_step}: '
-          'ask for more --num_epochs, or choose another --log_dir')
+          'raise --num_epochs, or choose another --log_dir')
     return
 
   train_step = build_graph(plan, args, recipe, workers)
@@ -177,15 +174,15 @@ def train(plan, args, recipe, session_config, workers):
                        for v in fine_tuning.trainable_variables(args.trainable_scopes))
   print(f'{num_parameters:,} trainable parameters', flush=True)
   workers.require_same(training_plan.settings_to_share(plan, args, recipe))
-  scaffold = tf.train.Scaffold(saver=tf.train.Saver(max_to_keep=args.max_to_keep),
+  scaffold = tf.train.Scaffold(saver=log_folder.make_saver(plan.log_dir, args.max_to_keep),
                                init_fn=restore_weights(plan, args, workers))
   hooks = build_hooks(plan, args, train_step, scaffold, workers)
   reached, stopped_by = training_step.run_training(
-      train_step, [*workers.hooks(args.check_weights_steps), *hooks.values()], plan.log_dir,
-      session_config, plan.start_step, plan.max_steps, scaffold, workers)
+      train_step, [*workers.hooks(args.check_weights_steps), *hooks.values()], plan,
+      session_config, scaffold, workers)
 
   print(f'Saved step {reached} in {plan.log_dir}' if workers.is_chief else
-        f'Ended with step {reached}, which worker 0 saves')
+        f'Stopped at step {reached}, which worker 0 saves')
   if hooks['bad_records'].too_many:
     raise training_step.TrainingError(hooks['bad_records'].too_many)
   if args.eval_every_epochs and hooks['evaluation'].stopped_early:
@@ -203,8 +200,8 @@ if __name__ == '__main__':
   try:
     main(options.parse_train_args(__doc__.split('\n')[0]))
   except (flowers.DatasetError, towers.DeviceError, checkpoints.CheckpointError,
-          log_folder.LockedError, cluster.ClusterError, training_plan.PlanError,
-          training_step.TrainingError) as error:
+          log_folder.LogFolderError, cluster.ClusterError, training_plan.PlanError,
+          training_step.TrainingError, OSError) as error:
     sys.exit(f'train_flowers.py: {error}')
   except KeyboardInterrupt:
     sys.exit('train_flowers.py: interrupted before the first step; nothing was trained')

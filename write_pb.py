@@ -59,7 +59,9 @@ def parse_args(argv=None):
                       help='name of the frozen graph, ending in .pb; the other formats are named '
                       'after it, and labels.txt and model.json are written beside it')
   parser.add_argument('--formats', type=parse_formats, default='pb',
-                      help=f'comma-separated formats: {", ".join(formats.FORMATS)}')
+                      help=f'comma-separated formats: {", ".join(formats.FORMATS)}; jpeg_pb and '
+                      'the signature `encoded` of saved_model decode images: transparency becomes '
+                      'white, an EXIF orientation is ignored')
   parser.add_argument('--image_size', '--eval_image_size', type=arguments.image_size,
                       help='height and width of the images in pixels; the network takes any size '
                       '(default: the size it was trained with)')
@@ -68,6 +70,13 @@ def parse_args(argv=None):
   parser.add_argument('--precision', choices=models.PRECISIONS, default='float32',
                       help='bfloat16 halves the file size and is fast on CPUs with AVX512_BF16 '
                       'or AMX; for pb, saved_model and jpeg_pb')
+  parser.add_argument('--batch_size', type=arguments.positive_int,
+                      help='fixes the first dimension of the input in every format (default: '
+                      'any number of images)')
+  parser.add_argument('--opset', type=arguments.positive_int, default=formats.ONNX_OPSET,
+                      help=f'version of the ONNX operators, {formats.MIN_ONNX_OPSET} or newer')
+  parser.add_argument('--nchw', action='store_true',
+                      help='gives ONNX the input [n, 3, image_size, image_size]')
   group = parser.add_argument_group('comparison with the checkpoint')
   group.add_argument('--noverify', action='store_false', dest='verify',
                      help='writes the files without comparing them')
@@ -89,18 +98,19 @@ def main(args):
   checkpoint = checkpoints.find(args.log_dir, args.checkpoint_path)
   config = checkpoints.load_config(checkpoint)
   config = dataclasses.replace(config, image_size=args.image_size or config.image_size)
-  formats.require_packages(args.formats, args.verify)
+  settings = formats.Settings(args.batch_size, args.opset, args.nchw)
+  formats.require_packages(args.formats, args.verify, args.opset)
   paths = freeze.plan_files(args.formats, args.output_file)
   folder = os.path.dirname(args.output_file) or '.'
   freeze.check_labels(config.class_names, os.path.join(folder, flowers.LABELS_FILE))
   images = comparison.find_images(
       args.dataset_dir, args.dataset_name, config.image_size) if args.verify else None
   is_averaged = freeze.write_models(checkpoint, config, paths, images, args.use_averages,
-                                    not args.nofold, args.precision)
+                                    not args.nofold, args.precision, settings)
   print(f'Froze {checkpoint}' + ', averaged weights' * is_averaged
-        + f': input node {models.INPUT_NODE}, float32 [None, {config.image_size}, '
+        + f': input node {models.INPUT_NODE}, float32 [{args.batch_size}, {config.image_size}, '
         f'{config.image_size}, 3] in [-1, 1]; output node {models.OUTPUT_NODE}, float32 '
-        f'[None, {config.num_classes}]; {flowers.LABELS_FILE} and {models.MODEL_FILE} '
+        f'[{args.batch_size}, {config.num_classes}]; {flowers.LABELS_FILE} and {models.MODEL_FILE} '
         f'in {folder}')
   for path in paths.values():
     print(f'Wrote {path} ({models.num_bytes(path) / 1e6:.1f} MB)')

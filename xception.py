@@ -1,8 +1,8 @@
 """Xception, as a TF-Slim network.
 
-The network of "Xception: Deep Learning with Depthwise Separable Convolutions"
-(Chollet, https://arxiv.org/abs/1610.02357), figure 5, with the parameters of
-`keras.applications.Xception`: 22,855,952 trainable ones at 1000 classes.
+Figure 5 of "Xception: Deep Learning with Depthwise Separable Convolutions" (Chollet,
+https://arxiv.org/abs/1610.02357), with the parameters of `keras.applications.Xception`:
+22,855,952 trainable ones for 1000 classes.
 
   import xception
   import tf_slim as slim
@@ -10,7 +10,7 @@ The network of "Xception: Deep Learning with Depthwise Separable Convolutions"
   with slim.arg_scope(xception.xception_arg_scope()):
     logits, end_points = xception.xception(images, num_classes=5)
 
-Importing this module is enough to have a working tf-slim.
+Importing this module makes tf-slim work on TensorFlow 2.
 """
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
@@ -18,13 +18,11 @@ import slim_bridge  # noqa: F401, before TensorFlow: see there
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
-# Depth of the residual stream in the middle flow, and how often its block of
-# three separable convolutions is repeated (paper, figure 5).
+# The middle flow repeats a block of three separable convolutions (paper, figure 5).
 MIDDLE_FLOW_DEPTH = 728
 MIDDLE_FLOW_BLOCKS = 8
 
-# keras.applications.Xception takes no smaller image, and neither do we.
-MIN_IMAGE_SIZE = 71
+MIN_IMAGE_SIZE = 71  # that of keras.applications.Xception
 
 
 def xception(inputs,
@@ -41,20 +39,20 @@ def xception(inputs,
              scope='Xception'):
   """Builds the Xception network; call it under `xception_arg_scope()`.
 
-  The shapes in the comments are those of a 299 x 299 image.
+  Comments give the shapes for a 299 x 299 image.
 
   Args:
-    inputs: float32 [batch_size, height, width, 3] in [-1, 1]; height and width
-      are 71 or more and need not be equal; the batch size may be unknown.
-    num_classes: number of classes; 0 or None leaves dropout and logits out and
-      returns the features in front of them as `logits`, as slim's networks do.
+    inputs: float32 [batch_size, height, width, 3] in [-1, 1]; height and width are 71 or more
+      and may differ; the batch size may be unknown.
+    num_classes: number of classes; 0 or None omits dropout and logits and returns the
+      features before them as `logits`, like slim's networks.
     is_training: Python bool; True uses the batch's statistics and dropout.
-    dropout_keep_prob: float in (0, 1], share of the features kept in front of
-      the logits while training (paper: 0.5 on ImageNet, 1.0 on JFT).
-    dropout_seed: integer tensor [2]; the same seed drops the same features.
-      None draws them anew at every step.
-    fc_layers: widths of the paper's optional fully connected layers in front
-      of the logits, for example (4096, 4096); none by default.
+    dropout_keep_prob: float in (0, 1], share of the features kept before the logits during
+      training (paper: 0.5 on ImageNet, 1.0 on JFT).
+    dropout_seed: integer tensor [2]; the same seed drops the same features. None draws new
+      ones at every step.
+    fc_layers: widths of the paper's optional fully connected layers before the logits, for
+      example (4096, 4096).
     depth_multiplier: float > 0, scales the depth of every convolution.
     min_depth: int, lower bound of a scaled depth.
     prediction_fn: turns logits into end_points['Predictions'].
@@ -65,12 +63,11 @@ def xception(inputs,
 
   Returns:
     logits: float32, see `spatial_squeeze`; before the softmax.
-    end_points: dict from a layer's name to its output: every convolution
-      (after its batch norm, before a ReLU that follows), every residual
-      branch, `block15_avg_pool`, `Logits` and `Predictions`.
+    end_points: {layer name: output} of every convolution (after its batch norm, before any
+      ReLU), every residual branch, `block15_avg_pool`, `Logits` and `Predictions`.
 
   Raises:
-    ValueError: depth_multiplier is not positive, or an image side is under 71.
+    ValueError: depth_multiplier is not positive, or an image side is shorter than 71.
   """
   if depth_multiplier <= 0:
     raise ValueError(f'depth_multiplier must be greater than 0, got {depth_multiplier}')
@@ -130,7 +127,7 @@ def xception(inputs,
     net = separable_conv(tf.nn.relu(net), 2048, 'block14_dws_conv2')
     net = tf.nn.relu(net)  # 10 x 10 x 2048
 
-    # The mean over whatever is left of the image: any image size works.
+    # The mean over all remaining pixels supports any image size.
     net = tf.reduce_mean(net, [1, 2], keepdims=True, name='block15_avg_pool')  # 1 x 1 x 2048
     end_points['block15_avg_pool'] = net
 
@@ -143,12 +140,12 @@ def xception(inputs,
       if not num_classes:
         return _squeeze(net, spatial_squeeze), end_points
 
-      if dropout_seed is None or not is_training:
-        net = slim.dropout(net, keep_prob=dropout_keep_prob, scope='dropout')
-      else:
-        net = tf.nn.experimental.stateless_dropout(
-            net, 1.0 - dropout_keep_prob, dropout_seed, rng_alg='philox', name='dropout')
-      # Equals the paper's dense layer: the image is 1 x 1 here.
+      if is_training:
+        # On two axes: on four, the random mask makes TensorFlow's layout optimizer give up on
+        # the whole graph, which then stays NHWC on GPUs.
+        net = _dropout(tf.squeeze(net, [1, 2]), dropout_keep_prob, dropout_seed)
+        net = net[:, tf.newaxis, tf.newaxis]
+      # On a 1 x 1 image this is the paper's dense layer.
       logits = slim.conv2d(net, num_classes, [1, 1], scope='Logits')
       logits = _squeeze(logits, spatial_squeeze)
       end_points['Logits'] = logits
@@ -164,18 +161,17 @@ def xception_arg_scope(weight_decay=1e-5,
                        batch_norm_epsilon=0.001,
                        batch_norm_scale=True,
                        batch_norm_updates_collections=(tf.GraphKeys.UPDATE_OPS,)):
-  """Returns the arg scope that makes slim's layers those of Xception.
+  """Returns the arg scope that configures slim's layers for Xception.
 
   Args:
-    weight_decay: float, L2 regularization of every kernel (paper, section 4.3:
-      1e-5); biases and batch norms have none.
-    batch_norm_decay: float or scalar float32 tensor in [0, 1), decay of the
-      moving statistics (Keras: 0.99). Training that starts from fresh
-      variables wants `warmed_up_decay`.
+    weight_decay: float, L2 regularization of every kernel (paper, section 4.3: 1e-5);
+      biases and batch norms have none.
+    batch_norm_decay: float or scalar float32 tensor in [0, 1), decay of the moving statistics
+      (Keras: 0.99). Training from scratch should use `warmed_up_decay`.
     batch_norm_epsilon: float, added to the variance (Keras: 0.001).
-    batch_norm_scale: whether a batch norm has gamma; the paper's network does.
-    batch_norm_updates_collections: collections that the updates of the moving
-      statistics are added to; whoever trains runs them with the train op.
+    batch_norm_scale: whether a batch norm has gamma, as in the paper's network.
+    batch_norm_updates_collections: collections of the updates of the moving statistics, which
+      must run with the train op.
 
   Returns:
     A slim arg scope.
@@ -185,15 +181,14 @@ def xception_arg_scope(weight_decay=1e-5,
       'epsilon': batch_norm_epsilon,
       'center': True,
       'scale': batch_norm_scale,
-      # slim takes its fused path, which works on TensorFlow 2, for a list that
-      # is not the default string: see slim_bridge.
+      # A list selects slim's fused path, which works on TensorFlow 2: see slim_bridge.
       'updates_collections': list(batch_norm_updates_collections),
   }
   with slim.arg_scope([slim.conv2d, slim.separable_conv2d],
                       activation_fn=None,
                       normalizer_fn=slim.batch_norm,
                       normalizer_params=batch_norm_params,
-                      weights_regularizer=slim.l2_regularizer(weight_decay)), \
+                      weights_regularizer=_l2_regularizer(weight_decay)), \
        slim.arg_scope([slim.conv2d], weights_initializer=_he_normal(2.0)), \
        slim.arg_scope([slim.separable_conv2d],
                       depth_multiplier=1,
@@ -203,13 +198,12 @@ def xception_arg_scope(weight_decay=1e-5,
 
 
 def warmed_up_decay(decay, global_step):
-  """Returns a decay that follows fast in the first steps and slowly later on.
+  """Returns min(decay, (1 + step) / (10 + step)), which follows quickly in the first steps.
 
-  A moving average with the constant decay 0.99 still holds 60 % of its initial
-  value after 50 steps, so that a network trained briefly evaluates at chance
-  though it learned. min(decay, (1 + step) / (10 + step)) leaves less than a
-  thousandth of the initial value after 5 steps, and reaches 0.99 at step 890;
-  `tf.train.ExponentialMovingAverage` warms up by the same formula.
+  With the constant decay 0.99, moving statistics keep 60 % of their initial values after 50
+  steps, so a briefly trained network evaluates at chance although it has learned. Warmed up,
+  they keep less than a thousandth after 5 steps; the decay reaches 0.99 at step 890.
+  `tf.train.ExponentialMovingAverage` uses the same formula.
 
   Args:
     decay: float in [0, 1), reached after 9 / (1 - decay) steps.
@@ -222,18 +216,33 @@ def warmed_up_decay(decay, global_step):
   return tf.minimum(decay, (1.0 + step) / (10.0 + step), name='batch_norm_decay')
 
 
+def _l2_regularizer(weight_decay):
+  regularizer = slim.l2_regularizer(weight_decay)
+
+  def regularize(weights):
+    with tf.device(weights.device):  # not the first tower's, which may be another one
+      return regularizer(weights)
+  return regularize
+
+
 def _he_normal(gain):
-  # Keeps the second moment: gain 2.0 behind a ReLU, which halves it, else 1.0.
+  # Preserves the second moment: gain 2.0 after a ReLU, which halves it, 1.0 otherwise.
   return tf.variance_scaling_initializer(gain, mode='fan_in', distribution='truncated_normal')
 
 
 def _depthwise_he_normal():
-  # One output of a depthwise 3 x 3 kernel sees 9 inputs, whatever its channels:
-  # variance_scaling_initializer would count 9 * channels, and the signal would
-  # shrink by the number of channels in every layer. All but one of the
-  # depthwise kernels follow a ReLU: variance 2 / 9. A normal distribution cut
-  # at two standard deviations has 0.87962566 of its standard deviation.
+  # Each output of a depthwise 3 x 3 kernel has 9 inputs, but variance_scaling_initializer would
+  # count 9 * channels, and the signal would shrink in every layer. All depthwise kernels but one
+  # follow a ReLU, hence the variance 2 / 9. Truncating a normal distribution at two standard
+  # deviations multiplies its standard deviation by 0.87962566.
   return tf.truncated_normal_initializer(stddev=(2.0 / 9.0)**0.5 / 0.87962566)
+
+
+def _dropout(net, keep_prob, seed):
+  if seed is None:
+    return slim.dropout(net, keep_prob=keep_prob, scope='dropout')
+  return tf.nn.experimental.stateless_dropout(
+      net, 1.0 - keep_prob, seed, rng_alg='philox', name='dropout')
 
 
 def _squeeze(net, spatial_squeeze):

@@ -2,13 +2,13 @@
 
   image = xception_preprocessing.preprocess_image(image, 299, 299, is_training=True)
 
-Training distorts: a random crop, resized without keeping its aspect, flipped,
-its colours shifted. Evaluation takes the central 87.5 %. What is random about
-a distortion is drawn first (`draw_distortion`) and then applied
+Training takes a random crop, resizes it without preserving its aspect ratio,
+flips it and shifts its colours. Evaluation takes the central 87.5 %. The random
+numbers of a distortion are drawn first (`draw_distortion`) and then applied
 (`apply_distortion`), so that the same draws always give the same pixels.
 
-All resizing is TensorFlow 1's: pixel corners, not half-pixel centres, are
-sampled. `tf.image.resize` of TensorFlow 2 differs by up to 25/255.
+All resizing is TensorFlow 1's, which samples at pixel corners rather than at
+half-pixel centres; `tf.image.resize` of TensorFlow 2 differs by up to 25/255.
 """
 
 import collections
@@ -27,7 +27,7 @@ CONTRAST_RANGE = (0.5, 1.5)
 MAX_HUE_DELTA = 0.2
 CENTRAL_FRACTION = 0.875  # of each side, at evaluation
 
-# The same pixels as PIL's and OpenCV's; TensorFlow's default is a faster, coarser one.
+# Gives the pixels of PIL and OpenCV; TensorFlow's default is faster and less accurate.
 DCT_METHOD = 'INTEGER_ACCURATE'
 
 RESIZE_METHODS = (
@@ -36,8 +36,8 @@ RESIZE_METHODS = (
     tf.image.ResizeMethod.BICUBIC,
     tf.image.ResizeMethod.AREA,
 )
-# `Distortion.color_ordering` chooses a row. Fast mode has one row thrice, so
-# that a quarter of the images are brightened first.
+# `Distortion.color_ordering` selects a row. Fast mode repeats one row three times, so
+# that a quarter of the images have their brightness shifted first.
 FAST_COLOR_ORDERINGS = (
     ('brightness', 'saturation'),
     ('saturation', 'brightness'),
@@ -61,7 +61,7 @@ Distortion = collections.namedtuple('Distortion', [
     'brightness',  # float32 [], added
     'saturation',  # float32 [], factor
     'contrast',  # float32 [], factor
-    'hue',  # float32 [], added, in turns
+    'hue',  # float32 [], added, in full turns of the colour wheel
 ])
 
 
@@ -72,17 +72,17 @@ def preprocess_image(image, height, width, is_training=False, bbox=None, fast_mo
   Args:
     image: [image_height, image_width, 3], uint8 in [0, 255] or another integer
       type's range, or float in [0, 1].
-    height, width: output size in pixels; both may be None at evaluation, which
-      keeps the central crop's own size.
+    height, width: output size in pixels; at evaluation both may be None, which
+      keeps the size of the central crop.
     is_training: Python bool; True distorts, False takes the central crop.
     bbox: float32 [1, boxes, 4] of (ymin, xmin, ymax, xmax) in [0, 1], objects
-      that a training crop must cover in part; None is the whole image.
+      that a training crop must partly cover; None is the whole image.
     fast_mode: True resizes bilinearly and shifts brightness and saturation;
-      False draws one of four resize methods and shifts contrast and hue too.
-    add_image_summaries: True adds the steps of a training distortion as image
-      summaries (to the graph it is called in: none arrive from a tf.data map).
-    seed: integer [2]; the same seed distorts the same image in the same way.
-      None draws one.
+      False draws one of four resize methods and also shifts contrast and hue.
+    add_image_summaries: True adds an image summary after each step of a
+      distortion (in the current graph: summaries inside a tf.data map are lost).
+    seed: integer [2]; the same seed distorts an image in the same way. None
+      draws a new one at every step.
 
   Returns:
     float32 [height, width, 3] in [-1, 1].
@@ -117,20 +117,30 @@ def preprocess_for_eval(image, height, width, central_fraction=CENTRAL_FRACTION)
 
 
 def decode(encoded):
-  """Decodes the bytes of a JPEG or PNG file into uint8 [height, width, 3]."""
-  # Decodes PNG as well, in spite of its name.
-  return tf.image.decode_jpeg(encoded, channels=3, dct_method=DCT_METHOD)
+  """Decodes the bytes of a JPEG, PNG, BMP, WebP or GIF file into uint8 [height, width, 3].
+
+  Of an animation it decodes the first frame; an alpha channel is dropped.
+  """
+  return tf.cond(
+      tf.image.is_jpeg(encoded),
+      lambda: tf.image.decode_jpeg(encoded, channels=3, dct_method=DCT_METHOD),
+      lambda: _decode_other(encoded))
+
+
+def _decode_other(encoded):
+  image = tf.image.decode_image(encoded, channels=3, expand_animations=False)
+  return tf.ensure_shape(image, [None, None, 3])
 
 
 def decode_and_distort(encoded, height, width, seed):
-  """Decodes and distorts an image: `preprocess_for_train(decode(encoded))`, but fast.
+  """Decodes and distorts an image: a faster `preprocess_for_train(decode(encoded))`.
 
-  Of a JPEG, the crop alone is decoded: its window follows from the header. The
-  colours are shifted in one compiled pass. The pixels are those of the plain
-  way in fast mode to float rounding.
+  Only the crop of a JPEG is decoded, whose window follows from the header, and
+  the colours are shifted in one compiled pass. The pixels equal those of
+  `preprocess_for_train` in fast mode to float rounding.
 
   Args:
-    encoded: string [], bytes of a JPEG or PNG file.
+    encoded: string [], bytes of a file that `decode` decodes.
     height, width, seed: as in `preprocess_image`.
 
   Returns:
@@ -142,7 +152,7 @@ def decode_and_distort(encoded, height, width, seed):
     return (_decode_jpeg_crop(encoded, shape, distortion), *distortion)
 
   def crop_of_decoded():
-    image = decode(encoded)
+    image = _decode_other(encoded)
     distortion = draw_distortion(tf.shape(image), seed)
     return (tf.slice(image, distortion.begin, distortion.size), *distortion)
 
@@ -156,12 +166,13 @@ def decode_and_distort(encoded, height, width, seed):
                                  distortion.saturation)
 
 
-@tf2.function(jit_compile=True)
+@tf2.function(jit_compile=True, autograph=False)
 def _distort_color_compiled(image, brightness_first, brightness, saturation):
-  """Shifts brightness and saturation in one pass; `_distort_color` takes a dozen.
+  """Shifts brightness and saturation in one pass, where `_distort_color` takes a dozen.
 
-  A saturation times f moves a pixel's colours away from the greatest, v, by f,
-  or until the smallest, m, is 0: v - (v - c) * min(f, v / (v - m)).
+  Multiplying the saturation by f scales each channel's distance from the largest
+  channel v by f, or by as much as brings the smallest channel m to 0:
+  v - (v - c) * min(f, v / (v - m)).
   """
   image += tf.where(brightness_first, brightness, 0.0)
   red, green, blue = image[..., 0:1], image[..., 1:2], image[..., 2:3]
@@ -174,8 +185,8 @@ def _distort_color_compiled(image, brightness_first, brightness, saturation):
 
 
 def _decode_jpeg_crop(encoded, shape, distortion):
-  # Colours are stored at half the resolution and interpolated: without a column
-  # more on either side, those at the rim would be others.
+  # JPEG stores colours at half the resolution and interpolates them: without one more
+  # column on either side, the colours at the edges would differ.
   top, left = distortion.begin[0], distortion.begin[1]
   height, width = distortion.size[0], distortion.size[1]
   wide_left = tf.maximum(left - 1, 0)
@@ -187,7 +198,7 @@ def _decode_jpeg_crop(encoded, shape, distortion):
 
 
 def draw_distortion(image_shape, seed, bbox=None, fast_mode=True):
-  """Draws everything that is random about the distortion of one image.
+  """Draws all random numbers of one image's distortion.
 
   Args:
     image_shape: int32 [3], the image's height, width and channels.
@@ -208,7 +219,7 @@ def draw_distortion(image_shape, seed, bbox=None, fast_mode=True):
       max_attempts=MAX_ATTEMPTS,
       use_image_if_no_bounding_boxes=True)
 
-  # All numbers at once: an op costs more than what it computes here.
+  # All numbers at once, because running an op costs more than these few numbers do.
   numbers = iter(tf.unstack(tf.random.stateless_uniform([7], number_seed)))
 
   def uniform(low, high):
@@ -275,7 +286,7 @@ def _resize(image, height, width, method, fast_mode):
 
 
 def _distort_color(image, distortion, fast_mode):
-  """Shifts the colours in the drawn order; clipped to [0, 1] once, at the end."""
+  """Shifts the colours in the drawn order, and clips them to [0, 1] once, at the end."""
   shifts = {
       'brightness': lambda net: tf.image.adjust_brightness(net, distortion.brightness),
       'saturation': lambda net: tf.image.adjust_saturation(net, distortion.saturation),

@@ -180,6 +180,23 @@ class XceptionTest(tf.test.TestCase):
         session.run(tf.global_variables_initializer())
         self.assertEqual(np.array_equal(session.run(logits), session.run(logits)), repeats)
 
+  def test_dropout_seed_decides_what_is_dropped(self):
+    images = tf.constant(random_images(2, 71, 71, 3))
+    seed = tf.placeholder(tf.int64, [2])
+    build(images, is_training=True, depth_multiplier=0.125, dropout_seed=seed)
+    dropped = tf.get_default_graph().get_tensor_by_name('Xception/Logits/Conv2D:0').op.inputs[0]
+    # The numbers do not depend on the axes that the features are spread over.
+    expected = tf.nn.experimental.stateless_dropout(
+        tf.ones([2, 1, 1, 256]), 0.5, seed, rng_alg='philox')
+    with self.session() as session:
+      session.run(tf.global_variables_initializer())
+      values = {s: session.run([dropped, expected], {seed: [1, s]}) for s in (5, 6)}
+    for features, mask in values.values():
+      self.assertEqual(features.shape, (2, 1, 1, 256))
+      self.assertAllEqual(features[mask == 0], np.zeros(np.sum(mask == 0)))
+      self.assertGreater(np.mean(features[mask > 0] > 0), 0.9)
+    self.assertNotAllEqual(values[5][1], values[6][1])
+
   def test_weight_decay_is_l2_of_every_kernel_and_nothing_else(self):
     build(tf.zeros([1, 71, 71, 3]), weight_decay=0.01, depth_multiplier=0.125)
     kernels = [v for v in tf.trainable_variables() if v.op.name.endswith('weights')]

@@ -1,11 +1,10 @@
-"""What averaging the gradients of Xception costs between workers on this machine.
+"""Measures the cost of averaging Xception's gradients between workers on this machine.
 
   python -m benchmarks.all_reduce --workers 2 3 4
 
-Starts workers on 127.0.0.1, which average tensors of the shapes of the
-network's 156 trained variables, 91.4 MB, and nothing else. Prints seconds and
-bytes of a step, measured, beside what a ring must send; then what a ring would
-take on clusters that were not at hand, computed.
+Starts workers on 127.0.0.1 that only average tensors with the shapes of the network's 156
+trainable variables, 91.4 MB. Prints measured seconds and bytes per step next to the bytes that
+a ring must send, then the computed cost of a ring on larger clusters.
 """
 
 import argparse
@@ -31,13 +30,13 @@ WARM_UP_STEPS = 3
 STEPS = 15
 MODES = [(bucket_bytes, precision) for precision in cluster.PRECISIONS
          for bucket_bytes in (0, cluster.BUCKET_BYTES)]
-# On paper: the hop is about what small tensors took here, the step what one is supposed to take.
+# For the computed table: latency of a hop, as measured with small tensors, and an assumed step.
 HOP_SECS, COMPUTE_SECS = 0.00015, 0.25
 PAPER_WORKERS, PAPER_GBITS = (8, 64, 256), (10, 25, 100)
 
 
 def gradient_shapes():
-  """Returns the shapes of the trained variables, with 1000 classes."""
+  """Returns the shapes of the trainable variables for 1000 classes."""
   with tf.Graph().as_default(), slim.arg_scope(xception.xception_arg_scope()):
     xception.xception(tf.zeros([1, 71, 71, 3]), 1000, is_training=True)
     return [variable.shape.as_list() for variable in tf.trainable_variables()]
@@ -50,7 +49,7 @@ def bytes_on_loopback():
 
 
 def work():
-  """Is one worker; the chief prints a line of JSON for each mode."""
+  """Runs one worker; the chief prints a line of JSON for each mode."""
   shapes = gradient_shapes()
   config = towers.session_config(['/cpu:0'])
   workers = cluster.find_workers()
@@ -71,7 +70,7 @@ def work():
           session.run(step)
           seconds.append(time.perf_counter() - start)
         sent = (bytes_on_loopback() - sent) / STEPS / workers.size
-    workers.exchange('next')
+    workers.all_gather('next')
     if workers.is_chief:
       print(json.dumps({'bucket_bytes': bucket_bytes, 'precision': precision, 'bytes': sent,
                         'seconds': statistics.median(seconds[WARM_UP_STEPS:])}), flush=True)
@@ -79,7 +78,7 @@ def work():
 
 
 def measure(num_workers):
-  """Returns the chief's results of one cluster."""
+  """Returns the results of one cluster."""
   sockets = [socket.create_server(('127.0.0.1', 0)) for _ in range(num_workers)]
   addresses = [f'127.0.0.1:{each.getsockname()[1]}' for each in sockets]
   for each in sockets:
@@ -95,15 +94,15 @@ def measure(num_workers):
 
 
 def ring_bytes(num_workers, num_bytes):
-  """Returns what a worker sends to average num_bytes over a ring."""
+  """Returns the bytes that a worker sends to average num_bytes over a ring."""
   return 2 * (num_workers - 1) / num_workers * num_bytes
 
 
 def print_on_paper(num_bytes):
-  """Prints what a ring takes if links are as fast as they are called."""
-  print(f'\nComputed: {num_bytes / 1e6:.1f} MB, {HOP_SECS * 1000} ms a hop, a step of '
-        f'{COMPUTE_SECS} s. Images a second, as a share of the workers\' sum alone:')
-  print('| workers | Gbit/s | ring, s | of it hops, s | one after the other | overlapped |')
+  """Prints the computed cost of a ring at the nominal speed of the links."""
+  print(f'\nComputed: {num_bytes / 1e6:.1f} MB, {HOP_SECS * 1000} ms per hop, {COMPUTE_SECS} s '
+        'per step. Images per second relative to perfect scaling:')
+  print('| workers | Gbit/s | ring, s | of which hops, s | sequential | overlapped |')
   print('|---|---|---|---|---|---|')
   for num_workers in PAPER_WORKERS:
     for gbit in PAPER_GBITS:
@@ -120,7 +119,7 @@ def main(args):
     return
   num_bytes = 4 * sum(tf.TensorShape(shape).num_elements() for shape in gradient_shapes())
   print(f'Measured: {num_bytes / 1e6:.1f} MB, on this machine\'s loopback')
-  print('| workers | buckets | wire | s/step | MB sent by a worker | ring: MB |')
+  print('| workers | buckets | format | s/step | MB sent per worker | MB of a ring |')
   print('|---|---|---|---|---|---|')
   for num_workers in args.workers:
     for row in measure(num_workers):
@@ -137,6 +136,6 @@ if __name__ == '__main__':
   tf.enable_resource_variables()
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--workers', type=int, nargs='+', default=[2, 3, 4],
-                      help='sizes of the clusters')
+                      help='numbers of workers')
   parser.add_argument('--work', action='store_true', help=argparse.SUPPRESS)
   main(parser.parse_args())

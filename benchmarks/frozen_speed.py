@@ -1,9 +1,9 @@
-"""Measures what folding and bfloat16 do for the paper's network, in one run.
+"""Measures what folding and bfloat16 gain for the paper's network, in one run.
 
   python -m benchmarks.frozen_speed --rounds 15
 
 Random weights, batch 8, 299 x 299. The graphs take turns, so that a slow minute
-of the machine hits them all; the medians count.
+of the machine affects all of them, and their medians are compared.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main():
   seconds = collections.defaultdict(list)
   for _ in range(args.rounds):
     for name, run in predictors.items():
-      run(images)  # those before have emptied the caches
+      run(images)  # The other graphs have filled the caches.
       start = time.perf_counter()
       run(images)
       seconds[name].append(time.perf_counter() - start)

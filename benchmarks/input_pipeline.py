@@ -1,4 +1,4 @@
-"""Speed of the input pipeline: alone, and beside slim's and Keras' own."""
+"""Speed of the input pipeline, alone or compared with slim's and Keras'."""
 
 import functools
 import io
@@ -21,11 +21,11 @@ import xception_preprocessing
 
 IMAGE_SIZE = 299
 BATCH_SIZE = 32
-NUM_BATCHES = 40  # timed, after WARM_UP_BATCHES that fill the buffers
+NUM_BATCHES = 40  # timed after WARM_UP_BATCHES, which fill the buffers
 WARM_UP_BATCHES = 8
-JPEG_SIDE, JPEG_QUALITY = 500, 90  # as the flower photographs are
+JPEG_SIDE, JPEG_QUALITY = 500, 90  # like the flower photographs
 
-# The training step of the two-core recipe in README.
+# The training step of `make train`.
 TRAIN_IMAGE_SIZE, TRAIN_DEPTH_MULTIPLIER, TRAIN_BATCH_SIZE = 128, 0.5, 16
 NUM_TRAIN_STEPS = 30
 
@@ -33,7 +33,7 @@ KERAS_PROGRAM = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'keras_
 
 
 def write_jpegs(folder):
-  """Writes the shipped flowers as JPEGs of 500 pixels: as records, and as files by class."""
+  """Writes the shipped flowers as 500-pixel JPEGs, into a TFRecord and into class folders."""
   dataset = flowers.get_split('train', network.DATASET_DIR)
   read = flowers.RecordReader(dataset)
   for name in dataset.labels_to_names.values():
@@ -57,12 +57,13 @@ def write_jpegs(folder):
         f.write(encoded.getvalue())
 
 
-def time_batches(fetches, num_batches, batch_size, config=None):
-  """Runs fetches in a session; returns images a second after the warm-up."""
-  # Operations, not tensors: the images stay where they are.
+def time_batches(fetches, num_batches, batch_size, devices=('/cpu:0',)):
+  """Runs fetches in a session; returns the images per second after a warm-up."""
+  # Fetching operations instead of tensors avoids copying the images.
   operations = [tensor.op for tensor in fetches]
-  with tf.Session(config=config) as session:
-    session.run([tf.global_variables_initializer(), tf.local_variables_initializer()])
+  with tf.Session(config=towers.session_config(devices)) as session:
+    session.run(tf.global_variables_initializer())
+    session.run(tf.train.Scaffold.default_local_init_op())
     coordinator = tf.train.Coordinator()
     threads = (tf.train.start_queue_runners(session, coordinator)
                if tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS) else [])
@@ -78,7 +79,7 @@ def time_batches(fetches, num_batches, batch_size, config=None):
 
 
 def time_load_batch(folder):
-  """Images a second of `flowers.load_batch`."""
+  """Returns the images per second of `flowers.load_batch`."""
   with tf.Graph().as_default():
     return time_batches(flowers.load_batch(
         flowers.get_split('train', folder), BATCH_SIZE, IMAGE_SIZE, IMAGE_SIZE,
@@ -86,7 +87,7 @@ def time_load_batch(folder):
 
 
 def time_slim_provider(folder):
-  """Images a second of slim's DatasetDataProvider, queue runners and step by step distortion."""
+  """Returns the images per second of slim's DatasetDataProvider and queue runners."""
   with tf.Graph().as_default(), tf.device('/cpu:0'):
     provider = slim.dataset_data_provider.DatasetDataProvider(
         flowers.get_split('train', folder), num_readers=4,
@@ -99,24 +100,24 @@ def time_slim_provider(folder):
 
 
 def time_keras(folder):
-  """Images a second of Keras' image_dataset_from_directory with layers that distort."""
+  """Returns the images per second of Keras' image_dataset_from_directory and its layers."""
   return float(peers.run_program(
       [KERAS_PROGRAM, os.path.join(folder, 'files'),
        *map(str, (IMAGE_SIZE, BATCH_SIZE, WARM_UP_BATCHES, NUM_BATCHES))]))
 
 
 def time_training(real_images):
-  """Images a second of training on the shipped flowers, or on one batch again and again."""
+  """Returns the images per second of training on the shipped flowers, or on one batch."""
   devices = towers.tower_devices()
   with tf.Graph().as_default():
     step = network.build_training_step(TRAIN_BATCH_SIZE, TRAIN_IMAGE_SIZE, TRAIN_DEPTH_MULTIPLIER,
                                        devices, 'float32', real_images)
-    return time_batches([step.global_step], NUM_TRAIN_STEPS, TRAIN_BATCH_SIZE,
-                        towers.session_config(devices))
+    return time_batches([step.train_op, step.global_step], NUM_TRAIN_STEPS, TRAIN_BATCH_SIZE,
+                        devices)
 
 
 def measure(batch_size, image_size, num_steps):
-  """Measures `flowers.load_batch` alone; returns the dict of `network.figures`."""
+  """Measures `flowers.load_batch`; returns the dict of `network.figures`."""
   with tempfile.TemporaryDirectory() as folder, tf.Graph().as_default():
     write_jpegs(folder)
     start = time.perf_counter()
@@ -125,7 +126,7 @@ def measure(batch_size, image_size, num_steps):
     operations = [tensor.op for tensor in batch]
     graph_seconds = time.perf_counter() - start
     start = time.perf_counter()
-    with tf.Session() as session:
+    with tf.Session(config=towers.session_config(['/cpu:0'])) as session:
       session.run(operations)
       first_step_seconds = time.perf_counter() - start
       for _ in range(WARM_UP_BATCHES):
@@ -135,7 +136,7 @@ def measure(batch_size, image_size, num_steps):
 
 
 def compare(num_rounds):
-  """Measures the input pipeline and its peers in turns; returns medians and ratios, a dict."""
+  """Measures the input pipeline and its peers; returns a dict of medians and ratios."""
   with tempfile.TemporaryDirectory() as folder:
     write_jpegs(folder)
     rates = rounds.take_turns({

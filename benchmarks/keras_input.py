@@ -1,4 +1,4 @@
-"""Prints the images a second of Keras' image_dataset_from_directory with layers that distort."""
+"""Prints the images per second of Keras' image_dataset_from_directory with distortions."""
 
 import sys
 import time

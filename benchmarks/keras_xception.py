@@ -1,4 +1,4 @@
-"""Prints the images a second of Keras' own Xception, training or inference."""
+"""Prints the images per second of Keras' Xception, training or inference."""
 
 import argparse
 import os

@@ -1,7 +1,7 @@
-"""Speed, memory and start-up of the network: training, inference, training on the flowers.
+"""Speed, memory and start-up time of training and inference.
 
-Each function measures one thing in this process, once: memory and start-up belong
-to a process, and a second measurement would find it warm.
+Measure once per process: a second measurement would start warm and include the first one's
+memory.
 """
 
 import concurrent.futures
@@ -27,17 +27,16 @@ import xception
 
 NUM_CLASSES = 5
 WARM_UP_STEPS = 3
-# A training step computes the gradients of images and kernels too: three products for one.
+# Besides the forward product, a training step computes the gradients of images and kernels.
 TRAINING_FACTOR = 3
-LIMIT_SIZE, LIMIT_PRODUCTS = 4096, 5  # of the matrix products that are the limit
+LIMIT_SIZE, LIMIT_PRODUCTS = 4096, 5  # side and number of the matrix products
 DATASET_DIR = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'dataset')
 
 
 def count_flops(image_size, depth_multiplier=1.0, num_classes=NUM_CLASSES):
-  """Returns the floating-point operations of one image's way forward.
+  """Returns the floating-point operations of one image's forward pass.
 
-  Counted from the graph: two for each multiply-add of convolutions and matrix
-  products; all else is less than a hundredth.
+  Two per multiply-add of the graph's convolutions; everything else is less than 1 %.
   """
   with tf.Graph().as_default() as graph, slim.arg_scope(xception.xception_arg_scope()):
     xception.xception(tf.zeros([1, image_size, image_size, 3]), num_classes, is_training=False,
@@ -48,12 +47,11 @@ def count_flops(image_size, depth_multiplier=1.0, num_classes=NUM_CLASSES):
 
 
 def measure_limit(precision, devices):
-  """Returns the operations a second of large matrix products, the median of five.
+  """Returns the operations per second of large matrix products.
 
   Args:
-    precision: 'float32', 'bfloat16' or 'float16', of the matrices.
-    devices: device of each tower; a product runs on each, but no more than the CPU
-      has cores.
+    precision: number format of the matrices: 'float32', 'bfloat16' or 'float16'.
+    devices: device of each tower; each runs a product, up to the number of CPU cores.
   """
   if devices[0].startswith('/cpu'):
     devices = devices[:towers.num_cores()]
@@ -70,7 +68,7 @@ def measure_limit(precision, devices):
 
 
 def time_steps(step, num_steps):
-  """Calls a function, after a warm-up; returns the seconds of each call."""
+  """Calls a function after a warm-up; returns the seconds of each call."""
   for _ in range(WARM_UP_STEPS):
     step()
   seconds = []
@@ -83,12 +81,7 @@ def time_steps(step, num_steps):
 
 def build_training_step(batch_size, image_size, depth_multiplier, devices, precision,
                         real_images):
-  """Builds `training_step.build_train_step` with Adam in the default graph and returns it.
-
-  Args:
-    batch_size, image_size, depth_multiplier, devices, precision, real_images: as for
-      `measure_training`.
-  """
+  """Returns a TrainStep with Adam in the default graph; see `measure_training`."""
   shape = [batch_size, image_size, image_size, 3]
   if real_images:
     batch = flowers.load_numbered_batch(
@@ -115,12 +108,13 @@ def measure_training(batch_size, image_size, depth_multiplier, devices, precisio
   """Measures training steps of the network.
 
   Args:
-    batch_size, image_size, depth_multiplier: of a step and the network.
+    batch_size: images per step.
+    image_size, depth_multiplier: size of the images and of the network.
     devices: device of each tower.
-    precision, xla: as for `precision.check`.
-    num_steps: steps that are timed.
-    real_images: False trains on one batch again and again; True on the shipped
-      flowers, through the whole input pipeline.
+    precision, xla: see `precision.check`.
+    num_steps: timed steps.
+    real_images: True trains on the shipped flowers through the whole input pipeline, False
+      repeats one batch.
 
   Returns:
     Dict of figures, see `figures`.
@@ -136,6 +130,7 @@ def measure_training(batch_size, image_size, depth_multiplier, devices, precisio
     start = time.perf_counter()
     with tf.Session(config=config) as session:
       session.run(tf.global_variables_initializer())
+      session.run(tf.train.Scaffold.default_local_init_op())
       session.run(step.train_op)
       first_step_seconds = time.perf_counter() - start
       seconds = time_steps(lambda: session.run([step.train_op, step.global_step]), num_steps)
@@ -146,13 +141,14 @@ def measure_training(batch_size, image_size, depth_multiplier, devices, precisio
 
 
 def frozen_graph(image_size, depth_multiplier=1.0):
-  """Returns a frozen GraphDef of the network, `input` to `output`, not folded.
+  """Returns a frozen GraphDef of the network from `input` to `output`, not folded.
 
-  Its weights are random, and the batch norms' parameters too, as training would leave
-  them: TensorFlow drops a bias that is zero, and then fuses less than it does for users.
+  The parameters of the batch norms are random like the weights: TensorFlow would remove zero
+  biases, which trained networks do not have.
   """
   random = np.random.default_rng(0)
-  with tf.Graph().as_default(), tf.Session() as session:
+  config = towers.session_config(['/cpu:0'])
+  with tf.Graph().as_default(), tf.Session(config=config) as session:
     images = tf.placeholder(tf.float32, [None, image_size, image_size, 3], name='input')
     with slim.arg_scope(xception.xception_arg_scope()):
       _, end_points = xception.xception(images, NUM_CLASSES, is_training=False,
@@ -167,7 +163,7 @@ def frozen_graph(image_size, depth_multiplier=1.0):
 
 
 def serialized_frozen_graph(image_size, depth_multiplier, fold):
-  """Returns the bytes of `frozen_graph`, its batch norms folded if `fold` is True."""
+  """Returns `frozen_graph` as bytes, with folded batch norms if `fold` is True."""
   tf.disable_v2_behavior()  # in a new process
   tf.enable_resource_variables()
   graph_def = frozen_graph(image_size, depth_multiplier)
@@ -178,17 +174,17 @@ def serialized_frozen_graph(image_size, depth_multiplier, fold):
 
 def measure_inference(batch_size, image_size, depth_multiplier, devices, precision, xla,
                       num_steps, fold=True):
-  """Measures the frozen graph on the first of the devices.
+  """Measures the frozen graph on the first device.
 
   Args:
-    batch_size, image_size, depth_multiplier, devices, precision, xla, num_steps: as
-      for training.
+    batch_size, image_size, depth_multiplier, devices, precision, xla, num_steps: see
+      `measure_training`.
     fold: whether the batch norms are folded, as `write_pb.py` does.
 
   Returns:
-    Dict of figures, as for training.
+    Dict of figures as from `measure_training`.
   """
-  # In a process of its own: freezing takes more memory than running, and is no start-up.
+  # In a separate process: freezing needs more memory than inference.
   with concurrent.futures.ProcessPoolExecutor(
       1, multiprocessing.get_context('spawn')) as process:
     frozen = process.submit(serialized_frozen_graph, image_size, depth_multiplier, fold).result()
@@ -212,15 +208,13 @@ def measure_inference(batch_size, image_size, depth_multiplier, devices, precisi
 
 
 def figures(seconds, batch_size, graph_seconds, first_step_seconds):
-  """Returns what is reported of every measurement.
-
-  Peak memory is the host's, until now; operations and size are the default graph's.
+  """Returns the figures of a measurement of the default graph; memory is the process's peak.
 
   Args:
-    seconds: list of floats, of each step.
-    batch_size: images of a step.
-    graph_seconds: of building the graph.
-    first_step_seconds: of the session, the initial values and the first step.
+    seconds: list of floats, one per step.
+    batch_size: images per step.
+    graph_seconds: time to build the graph.
+    first_step_seconds: time of the session's creation, the initial values and the first step.
   """
   peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
   graph = tf.get_default_graph()
@@ -238,12 +232,12 @@ def figures(seconds, batch_size, graph_seconds, first_step_seconds):
 
 
 def use_of_limit(images_per_second, flops, precision, devices):
-  """Measures the limit; returns the figures of a rate beside it.
+  """Returns the figures of a rate relative to `measure_limit`.
 
   Args:
     images_per_second: float.
-    flops: operations of an image.
-    precision, devices: as for `measure_limit`.
+    flops: floating-point operations per image.
+    precision, devices: see `measure_limit`.
   """
   limit = measure_limit(precision, devices)
   return {

@@ -1,4 +1,4 @@
-"""The project's network beside Keras' and timm's, in processes that take turns."""
+"""Compares the network with Keras' and timm's, in alternating processes."""
 
 import functools
 import importlib.util
@@ -17,7 +17,7 @@ OURS = os.path.join(os.path.dirname(FOLDER), 'benchmark.py')
 KERAS = os.path.join(FOLDER, 'keras_xception.py')
 TIMM = os.path.join(FOLDER, 'timm_xception.py')
 
-# (mode, precision, peer, its program, its further options)
+# (mode, precision, name of the peer, its program, its options)
 PEERS = (
     ('train', 'float32', 'Keras train_on_batch', KERAS, ()),
     ('train', 'float32', 'timm, channels_last', TIMM, ()),
@@ -31,21 +31,20 @@ PEERS = (
 
 
 class PeerError(Exception):
-  """A program that was to be measured failed."""
+  """A measured program failed."""
 
 
 def compare(modes, batch_size, image_size, num_steps, num_rounds):
-  """Measures everything in turns, on the CPU; says on standard error how far it is.
+  """Measures the network and its peers on the CPU, printing progress to standard error.
 
   Args:
-    modes: 'train', 'inference' or both, a list.
-    batch_size, image_size, num_steps: of each measurement.
-    num_rounds: measurements that each figure is the median of.
+    modes: list of 'train', 'inference' or both.
+    batch_size, image_size, num_steps: options of each measurement.
+    num_rounds: measurements per median.
 
   Returns:
-    List of dicts: mode, precision, peer, images a second of ours and of the
-    peer, the ratio of the medians, and the smallest and greatest of a round.
-    What failed, here for want of bfloat16 or a compiler, is left out.
+    List of dicts as from `compare_rates`. Measurements that fail, for example because the
+    machine lacks bfloat16 or a compiler, are left out.
 
   Raises:
     PeerError: nothing could be compared.
@@ -81,7 +80,7 @@ def table(rows):
 
 
 def compare_rates(mode, precision, peer, ours, theirs):
-  """Returns the row of `compare` for two lists of images a second, a number a round."""
+  """Returns medians and ratios of two lists of images per second, one number per round."""
   ratios = [a / b for a, b in zip(ours, theirs)]
   return {
       'mode': mode,
@@ -111,10 +110,10 @@ def run_program(command):
   """Runs a Python program on the CPU; returns the last line that it prints.
 
   Args:
-    command: list, the program's file and its arguments.
+    command: list of the program's file and its arguments.
 
   Raises:
-    PeerError: it ended with another code than 0.
+    PeerError: its exit code is not 0.
   """
   process = subprocess.run([sys.executable, *command], capture_output=True, text=True,
                            env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})

@@ -1,24 +1,24 @@
-"""Measurements that take turns, so that a slow minute of the machine hits all of them."""
+"""Alternating measurements: a slow minute of the machine affects all of them."""
 
 import statistics
 
 
 def take_turns(functions, num_rounds):
-  """Calls functions in turns.
+  """Calls functions in turn.
 
   Args:
     functions: {name: function that returns a number}.
-    num_rounds: how often each is called.
+    num_rounds: number of calls of each.
 
   Returns:
-    {name: median of what it returned}.
+    {name: median of the results}.
   """
   return {name: statistics.median(values)
           for name, values in record_turns(functions, num_rounds).items()}
 
 
 def record_turns(functions, num_rounds):
-  """Returns {name: list of what the function returned}; see `take_turns`."""
+  """Returns {name: list of the results}; see `take_turns`."""
   results = {name: [] for name in functions}
   for _ in range(num_rounds):
     for name, function in functions.items():

@@ -1,4 +1,4 @@
-"""Prints the images a second of timm's legacy_xception on PyTorch, training or inference."""
+"""Prints the images per second of timm's legacy_xception on PyTorch."""
 
 import argparse
 import statistics
@@ -18,7 +18,7 @@ parser.add_argument('--image_size', type=int, required=True)
 parser.add_argument('--steps', type=int, required=True)
 parser.add_argument('--compile', action='store_true', help='torch.compile')
 parser.add_argument('--freeze', action='store_true',
-                    help='lets torch.compile fold batch norms and lay out weights once')
+                    help='lets torch.compile fold batch norms and fix the layout of weights')
 args = parser.parse_args()
 
 images = torch.randn(args.batch_size, 3, args.image_size, args.image_size)

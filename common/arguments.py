@@ -6,6 +6,7 @@ and the allowed range, before anything is built.
 
 import argparse
 import shlex
+import sys
 
 import tensorflow.compat.v1 as tf
 
@@ -42,6 +43,50 @@ image_size = checked_number(int, lambda value: value >= xception.MIN_IMAGE_SIZE,
                     f'of {xception.MIN_IMAGE_SIZE} or more')
 num_threads = checked_number(int, lambda value: value > 0 or value == tf.data.AUTOTUNE,
                      f'greater than 0, or {tf.data.AUTOTUNE}')
+
+
+# The options of add_dataset_options, which are arguments of records.flowers.get_split.
+DATASET_OPTIONS = ('dataset_dir', 'dataset_name', 'file_pattern', 'image_key', 'label_key',
+                   'labels_offset')
+
+
+def add_dataset_options(group, dataset_dir='dataset'):
+  """Adds the options that say where a dataset is and how its records are to be read.
+
+  Args:
+    group: argparse parser or group.
+    dataset_dir: default of --dataset_dir.
+  """
+  group.add_argument('--dataset_dir', default=dataset_dir,
+                     help='folder of the TFRecords and labels.txt')
+  group.add_argument('--dataset_name', help='prefix of the file names (default: flowers)')
+  group.add_argument('--file_pattern', type=_file_pattern,
+                     help='pattern of the file names instead of --dataset_name, with %%s in place '
+                     "of the split, such as '%%s-*' for train-00000-of-00001")
+  group.add_argument('--image_key', help='key of the encoded image in a record (default: '
+                     'image/encoded)')
+  group.add_argument('--label_key', help='key of the label in a record (default: '
+                     'image/class/label)')
+  group.add_argument('--labels_offset', type=non_negative_int,
+                     help='is subtracted from the labels: 1 for records whose labels begin at 1 '
+                     '(default: 0)')
+
+
+def dataset_options(args):
+  """Returns the values of the dataset options as keyword arguments of `flowers.get_split`."""
+  values = {name: getattr(args, name) for name in DATASET_OPTIONS}
+  return {name: value for name, value in values.items() if value is not None}
+
+
+def _file_pattern(text):
+  if '%s' not in text:
+    raise argparse.ArgumentTypeError(f"must contain %s in place of the split, got {text}")
+  return text
+
+
+def escape_unprintable_output():
+  """Lets scripts print any text: what the output's encoding lacks is escaped."""
+  sys.stdout.reconfigure(errors='backslashreplace')
 
 
 def scopes(text):

@@ -1,12 +1,15 @@
-"""Finds the checkpoints of a log folder, and stores beside them what they were built with.
+"""Finds checkpoints, and stores their model's configuration beside them.
 
-train_flowers.py writes `model_config.json`; eval_flowers.py and write_pb.py
-read it, so that no number is repeated on their command lines.
+train_flowers.py writes `model_config.json`; eval_flowers.py and write_pb.py read
+it, so that their command lines need not repeat it.
 """
 
+import collections
 import dataclasses
 import json
 import os
+import re
+import sys
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
 
@@ -16,19 +19,21 @@ import tf_slim as slim
 from common import files
 
 CONFIG_FILE = 'model_config.json'
-NEXT_IMAGE = 'next_image'  # variable: the image that a resumed run goes on with
+NEXT_IMAGE = 'next_image'  # variable: the position that a resumed run continues from
+GLOB_CHARACTERS = '*?[\\'  # TensorFlow expands them when it restores
+FILE_SUFFIX = re.compile(r'\.(index|meta|data-\d{5}-of-(\d{5}))$')
 
 
 class CheckpointError(Exception):
-  """A checkpoint or its configuration is missing, damaged, or of another model."""
+  """A checkpoint or its configuration is missing, damaged or belongs to another model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Everything that the graph of a checkpoint depends on.
+  """The settings that determine a checkpoint's graph.
 
   Attributes:
-    class_names: names of the classes; a name's index is its label.
+    class_names: names of the classes, ordered by label.
     image_size: height and width of the network's input in pixels.
     depth_multiplier: width of the network, 1.0 in the paper.
     seed: seed of the training run.
@@ -48,60 +53,140 @@ def find(log_dir, checkpoint_path=None):
 
   Args:
     log_dir: folder that train_flowers.py wrote.
-    checkpoint_path: a checkpoint like log/model.ckpt-1500, or a folder whose
-      newest one is meant; None is the newest of log_dir.
+    checkpoint_path: a checkpoint like log/model.ckpt-1500, or a folder, which
+      means its newest one; None means the newest one of log_dir.
 
   Returns:
-    The checkpoint's path, without its file endings.
+    The checkpoint's path without file extensions.
 
   Raises:
     CheckpointError: there is none.
   """
   path = checkpoint_path or log_dir
+  check_path(path)
+  if os.path.basename(path) == 'checkpoint' and not os.path.isdir(path):
+    path = os.path.dirname(path) or '.'
   if os.path.isdir(path):
-    checkpoint = tf.train.latest_checkpoint(path)
-    if checkpoint and tf.train.checkpoint_exists(checkpoint):
+    if checkpoint := find_newest(path):
       return checkpoint
-  elif tf.train.checkpoint_exists(path):
-    return path
+  else:
+    prefix = FILE_SUFFIX.sub('', path.rstrip('/'))
+    if prefix.endswith(('.h5', '.keras')) and os.path.exists(prefix):
+      raise CheckpointError(f'{path} is a Keras file: convert it with convert_keras_weights.py')
+    folder, name = os.path.split(prefix)
+    if name in _complete_names(folder or '.') or os.path.isfile(prefix):  # a file of version 1
+      return prefix
   raise CheckpointError(f'No checkpoint in {path}: run train_flowers.py first')
 
 
+def check_path(path):
+  """Raises a CheckpointError if TensorFlow cannot write checkpoints to a path and read them."""
+  reason = None
+  if '://' in path:
+    reason = 'is a URL: use a folder of this machine'
+  elif found := sorted(set(path).intersection(GLOB_CHARACTERS)):
+    reason = f'contains {" ".join(found)}, which TensorFlow reads as a pattern: rename the folder'
+  elif path.encode(errors='ignore').decode() != path:
+    reason = 'is not UTF-8: rename the folder'
+  if reason:
+    raise CheckpointError(f'{path!r} {reason}')
+
+
+def list_checkpoints(folder):
+  """Returns the complete checkpoints in a folder, oldest first.
+
+  Their order is that of the file `checkpoint`; where it is missing or names a newest
+  checkpoint that is not complete, it is that of their steps. Only the names in that file
+  count, so a folder can be moved.
+  """
+  complete = _complete_names(folder)
+  ordered = _read_state(folder)
+  if not ordered or ordered[-1] not in complete:
+    def step_and_time(name):
+      step = re.search(r'-(\d+)$', name)
+      return int(step.group(1)) if step else -1, os.path.getmtime(f'{folder}/{name}.index')
+    ordered = sorted(complete, key=step_and_time)
+  return [os.path.join(folder, name) for name in ordered if name in complete]
+
+
+def find_newest(folder):
+  """Returns the newest checkpoint of a folder, or None if it holds no file of one.
+
+  Raises:
+    CheckpointError: it holds files of checkpoints, but no complete checkpoint.
+  """
+  found = list_checkpoints(folder)
+  named = _read_state(folder)
+  if found and named and os.path.basename(found[-1]) != named[-1]:
+    print(f'Warning: {named[-1]}, the newest checkpoint of {folder}, is incomplete: '
+          f'using {found[-1]}', file=sys.stderr)
+  parts = sorted(name for name in _list_folder(folder)
+                 if name == 'checkpoint' or re.search(r'\.(index|data-\d{5}-of-\d{5})$', name))
+  if parts and not found:
+    raise CheckpointError(
+        f'{folder} holds parts of checkpoints ({", ".join(parts[:3])}), but no complete one, '
+        'which is an .index with all its .data files. Copy the missing files back, or move these '
+        'away to start again')
+  return found[-1] if found else None
+
+
+def open_checkpoint(checkpoint):
+  """Returns a reader of a checkpoint.
+
+  Raises:
+    CheckpointError: it is damaged, or is not a checkpoint.
+  """
+  try:
+    return tf.train.load_checkpoint(checkpoint)
+  except (tf.errors.OpError, ValueError, RuntimeError) as error:
+    raise CheckpointError(f'{checkpoint} cannot be read: {error}') from error
+
+
+def _read_number(checkpoint, name):
+  """Returns a whole number stored in a checkpoint.
+
+  Raises:
+    CheckpointError: it is damaged, or lacks the number.
+  """
+  try:
+    return int(open_checkpoint(checkpoint).get_tensor(name))
+  except (tf.errors.OpError, ValueError, RuntimeError) as error:
+    raise CheckpointError(f'{checkpoint} cannot be read: {error}') from error
+
+
 def global_step(checkpoint):
-  """Returns the training step that the checkpoint was written at."""
-  return int(tf.train.load_checkpoint(checkpoint).get_tensor('global_step'))
+  """Returns the training step at which the checkpoint was written."""
+  return _read_number(checkpoint, 'global_step')
 
 
 def next_image(checkpoint):
-  """Returns how many images training had passed when the checkpoint was written.
+  """Returns the number of images that training had passed when it wrote the checkpoint.
 
   Raises:
     CheckpointError: training did not write it.
   """
-  reader = tf.train.load_checkpoint(checkpoint)
-  if not reader.has_tensor(NEXT_IMAGE):
+  if not open_checkpoint(checkpoint).has_tensor(NEXT_IMAGE):
     raise CheckpointError(f'{checkpoint} was not written by train_flowers.py, which cannot '
                           'resume from it: choose another --log_dir')
-  return int(reader.get_tensor(NEXT_IMAGE))
+  return _read_number(checkpoint, NEXT_IMAGE)
 
 
 def stored_names(checkpoint, names, use_averages='auto'):
-  """Returns the names by which a checkpoint knows the variables of a network.
+  """Maps the names of a network's variables to those under which a checkpoint stores them.
 
   Args:
     checkpoint: path of the checkpoint.
     names: names of the network's variables.
-    use_averages: 'auto' takes the Polyak averages of the weights if the
-      checkpoint has them, else the weights; 'yes' and 'no' insist on one.
+    use_averages: 'auto' prefers the Polyak averages of the weights; 'yes'
+      requires them and 'no' ignores them.
 
   Returns:
-    dict from each name to the name in the checkpoint, and whether these are
-    the averages.
+    {name: name in the checkpoint}, and whether these are the averages.
 
   Raises:
     CheckpointError: 'yes', and the checkpoint has no averages.
   """
-  stored = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
+  stored = open_checkpoint(checkpoint).get_variable_to_shape_map()
   # As tf.train.ExponentialMovingAverage calls them.
   averages = {name: f'{name}/ExponentialMovingAverage' for name in names}
   has_averages = all(average in stored for average in averages.values())
@@ -114,7 +199,7 @@ def stored_names(checkpoint, names, use_averages='auto'):
 
 
 def inference_saver(checkpoint, use_averages='auto'):
-  """Returns what restores the default graph's network from a checkpoint.
+  """Returns a saver that restores the default graph's network from a checkpoint.
 
   Args:
     checkpoint, use_averages: see `stored_names`.
@@ -132,19 +217,19 @@ def inference_saver(checkpoint, use_averages='auto'):
 
 
 def check_same_variables(checkpoint):
-  """Checks that the default graph can resume from a checkpoint, and use all of it.
+  """Checks that the default graph and a checkpoint have the same variables.
 
   Raises:
-    CheckpointError: one has variables that the other lacks, as those of another
-      optimizer.
+    CheckpointError: one has variables that the other lacks, such as another
+      optimizer's.
   """
-  stored = set(tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map())
+  stored = set(open_checkpoint(checkpoint).get_variable_to_shape_map())
   here = {variable.op.name for variable in tf.global_variables()}
   if stored != here:
     lacking = sorted(here - stored) or sorted(stored - here)
     raise CheckpointError(
         f'{checkpoint} {"lacks" if here - stored else "has"} {len(lacking)} variables that this '
-        f'run {"needs" if here - stored else "lacks"}, the first is {lacking[0]}. Resume with '
+        f'run {"needs" if here - stored else "lacks"}, first {lacking[0]}. Resume with '
         'the options that it was started with (optimizer, recipe, averages, trainable scopes), '
         'or choose another --log_dir')
 
@@ -160,19 +245,16 @@ def sha256(checkpoint):
 
 
 def save_config(config, log_dir):
-  """Writes the configuration into log_dir, in one atomic step."""
+  """Writes the configuration to log_dir atomically."""
   text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + '\n'
   files.write_atomically(os.path.join(log_dir, CONFIG_FILE), text.encode())
 
 
 def load_config(checkpoint):
-  """Reads the configuration beside a checkpoint.
-
-  Returns:
-    A ModelConfig.
+  """Reads the ModelConfig beside a checkpoint.
 
   Raises:
-    CheckpointError: there is none, or it cannot be understood.
+    CheckpointError: it is missing or damaged.
   """
   path = os.path.join(os.path.dirname(checkpoint), CONFIG_FILE)
   try:
@@ -194,4 +276,35 @@ def check_same_model(asked, found, log_dir):
   if differences:
     raise CheckpointError(
         f'{log_dir} holds checkpoints of another model: {"; ".join(differences)}. '
-        'Choose another --log_dir, or the same options')
+        'Choose another --log_dir, or use the same options')
+
+
+def _list_folder(folder):
+  return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+def _complete_names(folder):
+  """Returns the names of the checkpoints in a folder that have an index and all their data."""
+  names = _list_folder(folder)
+  num_found, num_shards = collections.Counter(), {}
+  for name in names:
+    suffix = FILE_SUFFIX.search(name)
+    if suffix and suffix.group(2):
+      prefix = name[:suffix.start()]
+      num_found[prefix] += 1
+      num_shards[prefix] = int(suffix.group(2))
+  return {prefix for prefix, count in num_found.items()
+          if count >= num_shards[prefix] and f'{prefix}.index' in names}
+
+
+def _read_state(folder):
+  """Returns the names of the checkpoints in the file `checkpoint`, the newest last."""
+  try:
+    state = tf.train.get_checkpoint_state(folder)
+  except ValueError:  # an empty file, or not a text
+    state = None
+  if not state:
+    return []
+  newest = state.model_checkpoint_path
+  return [os.path.basename(path) for path in
+          [*(path for path in state.all_model_checkpoint_paths if path != newest), newest]]

@@ -2,9 +2,9 @@
 
   kernels = build.load()
 
-Compilation takes about ten seconds on first use and needs a C++ compiler; the library
-is kept in `build/`. Without a compiler, training uses TensorFlow's own operations,
-which give the same numbers to rounding.
+Compilation takes about ten seconds on first use and needs a C++ compiler; the library is kept
+in `build/`. Without a compiler, training uses TensorFlow's own operations, which give the same
+numbers up to rounding.
 """
 
 import functools
@@ -24,25 +24,22 @@ from common import files
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'kernels.cc')
 BUILD_DIR = os.path.join(files.PROJECT_DIR, 'build')
 COMPILERS = ('c++', 'g++', 'clang++')
-# Nothing here reads errno or floating-point exceptions, and vectors need them gone.
+# The kernels use neither errno nor floating-point exceptions, which prevent vectorization.
 FLAGS = ('-O3', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-shared', '-fPIC')
 TIMEOUT_SECS = 300
 
-# The operations, all of whose images may be bfloat16.
+# The operations, whose images may all be bfloat16.
 OPERATIONS = ('XceptionBatchNorm', 'XceptionBatchNormGrad', 'XceptionBatchNormDepthwise',
               'XceptionBatchNormDepthwiseGrad', 'XceptionDepthwise', 'XceptionDepthwiseGrad')
 
 
 class BuildError(Exception):
-  """The operations cannot be compiled or loaded; the message says why."""
+  """The kernels cannot be compiled or loaded; the message says why."""
 
 
 @functools.cache
 def load():
-  """Returns the module of the operations, or None where there are none.
-
-  Then standard error says so, once in a process, with the reason.
-  """
+  """Returns the module of the operations, or None after printing why there is none."""
   try:
     path = build_library(BUILD_DIR)
     try:
@@ -57,17 +54,17 @@ def load():
 
 
 def build_library(folder):
-  """Compiles the operations, unless the folder has them for this machine.
+  """Compiles the kernels, unless the folder holds them for this machine.
 
   Args:
-    folder: where the library is kept; made if missing.
+    folder: where the library is kept; created if missing.
 
   Returns:
-    The library's path. Its name tells source, TensorFlow, C library and processor
-    apart: the folder may be shared by machines that differ.
+    The library's path. Its name depends on the source, TensorFlow, the C library and the
+    processor, so that different machines may share the folder.
 
   Raises:
-    BuildError: there is no compiler, it failed, or the folder cannot be written.
+    BuildError: there is no compiler, it failed, or the folder is not writable.
   """
   with open(SOURCE, 'rb') as f:
     fingerprint = hashlib.sha256(f.read())
@@ -81,8 +78,8 @@ def build_library(folder):
   print(f'Compiling {os.path.basename(SOURCE)} (once)', file=sys.stderr)
   try:
     os.makedirs(folder, exist_ok=True)
-    # Compiled beside its place and linked there: others see all of it or nothing, and one
-    # that another process has loaded meanwhile is never replaced.
+    # Compiled in a scratch folder, then linked: other processes see a complete library or none,
+    # and a library that one of them has loaded is never replaced.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
       draft = os.path.join(scratch, 'kernels.so')
       _compile(compiler, draft)
@@ -95,23 +92,23 @@ def build_library(folder):
       except OSError:  # a file system without links
         os.replace(draft, path)
   except OSError as error:
-    raise BuildError(f'{folder} cannot be written: {error.strerror}') from error
+    raise BuildError(f'{folder} is not writable: {error.strerror}') from error
   return path
 
 
 def find_compiler():
-  """Returns the command of the C++ compiler, a list: the environment's CXX, or a usual one.
+  """Returns the command of the C++ compiler as a list: CXX, or the first usual one found.
 
   Raises:
-    BuildError: there is none.
+    BuildError: none is installed.
   """
   names = [os.environ['CXX']] if os.environ.get('CXX') else COMPILERS
   for name in names:
     command = shlex.split(name)
     if shutil.which(command[0]):
       return command
-  raise BuildError(f'no C++ compiler found ({", ".join(names)}); one of your system\'s packages '
-                   'has it (Debian and Ubuntu: apt install g++), or name one in CXX')
+  raise BuildError(f'no C++ compiler found ({", ".join(names)}): install one (Debian and '
+                   'Ubuntu: apt install g++), or set CXX')
 
 
 def _compile(compiler, path):
@@ -131,7 +128,7 @@ def _compile(compiler, path):
 
 
 def _processor():
-  """Returns what tells processors with other instructions apart, or nothing."""
+  """Returns a description of the processor's instruction sets."""
   try:
     with open('/proc/cpuinfo', encoding='utf-8') as f:
       return next((line for line in f if line.startswith(('flags', 'Features'))), '')

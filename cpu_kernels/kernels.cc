@@ -1,11 +1,11 @@
-// Batch norm and depthwise convolution with their ReLUs, apart and in one, for training on CPUs.
+// Batch norm and depthwise convolution with their ReLUs, separate and fused, for training on
+// CPUs. `build.py` compiles this file.
 //
-// What these operations cost is reading and writing images, not arithmetic. So each
-// reads its images as seldom as can be, in the format that they are stored in (float32
-// or bfloat16), and computes in float32. `fast_kernels.py` compiles this file.
+// These operations are limited by memory bandwidth, so each reads its images as few times as
+// possible, in their own format (float32 or bfloat16), and computes in float32.
 //
-// Sums are made of parts whose size does not depend on the number of threads, and added
-// up in one order: the same input gives the same bits on a machine of any size.
+// Partial sums have sizes that do not depend on the number of threads and are added in a fixed
+// order: the same input gives the same bits with any number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -30,7 +30,7 @@
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/util/work_sharder.h"
 
-// Tells the compiler that no iteration of the next loop writes what another one reads.
+// Asserts that the iterations of the next loop are independent, so that it can be vectorized.
 #ifdef __clang__
 #define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
@@ -47,7 +47,7 @@ using tensorflow::TensorShape;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
-// A bfloat16 is the upper half of a float32: as an integer, compilers can vectorize it.
+// A bfloat16 is the upper half of a float32. Compilers vectorize it as an integer.
 using Bfloat16Bits = uint16_t;
 
 inline float ToFloat(float value) { return value; }
@@ -61,7 +61,7 @@ inline void Store(float value, float* target) { *target = value; }
 inline void Store(float value, Bfloat16Bits* target) {
   const uint32_t bits = absl::bit_cast<uint32_t>(value);
   const uint32_t to_nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  *target = value == value ? to_nearest_even : 0x7fc0;  // else a NaN could become a number
+  *target = value == value ? to_nearest_even : 0x7fc0;  // rounding could turn a NaN into a number
 }
 
 template <typename T>
@@ -84,14 +84,14 @@ typename Format<T>::Type* Values(Tensor* tensor) {
   return reinterpret_cast<typename Format<T>::Type*>(tensor->flat<T>().data());
 }
 
-// Calls work(begin, end) for parts of [0, count) on the threads of the device.
+// Calls work(begin, end) for parts of [0, count) on the device's threads.
 void InParallel(OpKernelContext* context, int64_t count, int64_t cycles_each,
                 const std::function<void(int64_t, int64_t)>& work) {
   const auto* threads = context->device()->tensorflow_cpu_worker_threads();
   tensorflow::Shard(threads->num_threads, threads->workers, count, cycles_each, work);
 }
 
-// Adds up rows of numbers in their order.
+// Adds rows of `size` numbers in order.
 std::vector<double> AddRows(const std::vector<float>& rows, int64_t size) {
   std::vector<double> sums(size);
   for (size_t row = 0; row < rows.size(); row += size) {
@@ -100,14 +100,14 @@ std::vector<double> AddRows(const std::vector<float>& rows, int64_t size) {
   return sums;
 }
 
-// Returns, for each channel, the sums over all pixels of the two numbers that
-// pair(index of a value, its channel) returns: those of the first, then of the second.
-// Float sums of 128 pixels, whose sum is double.
+// Sums pair(index of a value, its channel), which returns two numbers, over all pixels. Returns
+// the sums of the first numbers of all channels, then those of the second numbers. Sums over 128
+// pixels are float, the sum of those is double.
 template <typename Pair>
 std::vector<double> SumPairs(OpKernelContext* context, int64_t pixels, int64_t channels,
                              const Pair pair) {
-  constexpr int64_t kPixels = 128;  // of a part: many parts, and few partial sums
-  constexpr int64_t kAtOnce = 4;    // pixels between two visits of a partial sum
+  constexpr int64_t kPixels = 128;  // per part: enough parts for all threads
+  constexpr int64_t kAtOnce = 4;    // pixels per update of a partial sum
   const int64_t parts = (pixels + kPixels - 1) / kPixels;
   std::vector<float> sums(parts * 2 * channels);
   InParallel(context, parts, kPixels * channels, [&](int64_t begin, int64_t end) {
@@ -151,11 +151,11 @@ void ForEachValue(OpKernelContext* context, int64_t pixels, int64_t channels,
   });
 }
 
-// Returns an error unless images and parameters fit: the kernels rely on it.
+// Returns an error unless the shapes of images and parameters match; the kernels rely on it.
 absl::Status CheckSizes(const Tensor& images, std::initializer_list<const Tensor*> parameters) {
   if (images.dims() != 4 || images.NumElements() == 0) {
     return absl::InvalidArgumentError(
-        absl::StrCat("images must have four dimensions and a pixel at least, got ",
+        absl::StrCat("images must have four dimensions and at least one pixel, got ",
                      images.shape().DebugString()));
   }
   for (const Tensor* parameter : parameters) {
@@ -168,8 +168,7 @@ absl::Status CheckSizes(const Tensor& images, std::initializer_list<const Tensor
   return absl::OkStatus();
 }
 
-// What a batch norm computes of its images, and what it does with each value x:
-// (x - center) * factor + term.
+// The statistics of a batch norm, which maps each value x to (x - center) * factor + term.
 struct Statistics {
   const float *center, *inverse_deviation, *term;
   std::vector<float> factors;
@@ -185,8 +184,8 @@ Statistics StatisticsOf(const Tensor& mean, const Tensor& inverse_deviation, con
   return {mean.flat<float>().data(), inverse, offset.flat<float>().data(), std::move(factors)};
 }
 
-// Computes the statistics of the inputs images, scale and offset, which are the first three,
-// and writes the outputs mean, variance and inverse_deviation, which are the second to fourth.
+// Reads inputs 0 to 2 (images, scale, offset), computes the statistics, and writes outputs 1 to 3
+// (mean, variance, inverse_deviation).
 template <typename T>
 absl::StatusOr<Statistics> ComputeStatistics(OpKernelContext* context, float epsilon) {
   const Tensor &images = context->input(0), &scale = context->input(1);
@@ -200,8 +199,8 @@ absl::StatusOr<Statistics> ComputeStatistics(OpKernelContext* context, float eps
     }
   }
 
-  // In one pass: the squares are of distances to a value of the channel itself, since
-  // those of large values would swallow the variance.
+  // One pass. Squares are taken relative to one of the channel's values: if the mean is large,
+  // squares of the values themselves would cancel.
   const int64_t channels = images.dim_size(3), pixels = images.NumElements() / channels;
   const auto* x = Values<T>(images);
   std::vector<float> origins(channels);
@@ -214,11 +213,11 @@ absl::StatusOr<Statistics> ComputeStatistics(OpKernelContext* context, float eps
   for (int64_t c = 0; c < channels; ++c) {
     const double distance = sums[c] / pixels;
     const double square = sums[channels + c] / pixels - distance * distance;
-    // Not max(0, square), which would hide a NaN.
+    // std::max(0, square) would hide a NaN.
     const double biased_variance = square < 0 ? 0 : square;
     mean->flat<float>().data()[c] = origins[c] + distance;
     inverse_deviation->flat<float>().data()[c] = 1 / std::sqrt(biased_variance + epsilon);
-    // TensorFlow's moving average is of the unbiased estimate.
+    // TensorFlow averages the unbiased estimate.
     variance->flat<float>().data()[c] =
         biased_variance * pixels / std::max<int64_t>(pixels - 1, 1);
   }
@@ -227,8 +226,8 @@ absl::StatusOr<Statistics> ComputeStatistics(OpKernelContext* context, float eps
 
 // Writes the gradients of a batch norm.
 //
-// passed(index of a value, its channel) returns what reaches the batch norm through its ReLU.
-// sums: of that, for each channel, and then of its products with x - center.
+// passed(index of a value, its channel): gradient of the batch norm's output, before the ReLU.
+// sums: the sums of `passed` per channel, then those of its products with x - center.
 template <typename Value, typename Passed>
 void WriteGradients(OpKernelContext* context, const Statistics& statistics, const double* sums,
                     const Passed passed, int64_t pixels, const Value* x, Value* dx,
@@ -250,8 +249,8 @@ void WriteGradients(OpKernelContext* context, const Statistics& statistics, cons
   });
 }
 
-// y = (x - mean) / deviation * scale + offset with the batch's own statistics, then
-// max(y, 0) if the attribute relu is true.
+// y = (x - mean) / deviation * scale + offset with the batch's statistics, followed by max(y, 0)
+// if the attribute relu is true.
 template <typename T>
 class BatchNorm : public OpKernel {
  public:
@@ -316,7 +315,7 @@ class BatchNormGrad : public OpKernel {
     const auto statistics = StatisticsOf(mean, inverse_deviation, scale, offset);
     const float *center = statistics.center, *factor = statistics.factors.data();
     const float* term = statistics.term;
-    // Where y, computed as it was, is positive.
+    // Recomputes y to find where it was positive.
     const auto passed = [=](int64_t i, int64_t c) {
       const float value = ToFloat(dy[i]);
       return !relu || (ToFloat(x[i]) - center[c]) * factor[c] + term[c] > 0 ? value : 0.0f;
@@ -332,7 +331,7 @@ class BatchNormGrad : public OpKernel {
   bool relu_;
 };
 
-// Sixteen channels at once, whatever width the processor's own vectors have.
+// Sixteen channels at a time; the compiler maps them to the processor's vectors.
 constexpr int64_t kLanes = 16;
 typedef float Lanes __attribute__((vector_size(64)));
 typedef uint32_t LaneBits __attribute__((vector_size(64)));
@@ -371,27 +370,26 @@ inline void StoreLanes(Lanes lanes, Bfloat16Bits* target) {
   std::memcpy(target, &stored, sizeof stored);
 }
 
-// What a depthwise convolution reads in the place of the pixels of its images: the pixels
-// themselves.
+// How a depthwise convolution reads its images: here, the pixels as they are.
 struct Pixels {
-  // How the lanes from channel c on are read.
+  // Returns the reading of the lanes that start at channel c.
   Pixels From(int64_t c) const { return {}; }
   Lanes Read(Lanes pixels) const { return pixels; }
   // Returns the gradient with respect to the pixels.
   Lanes PassBack(Lanes pixels, Lanes gradient) { return gradient; }
-  // Adds what PassBack kept to sums, a row of all channels for each of kNumSums.
+  // Adds the sums that PassBack collected to kNumSums rows of all channels.
   void AddSums(float* sums, int64_t channels, int64_t num_done) const {}
   static constexpr int kNumSums = 0;
 };
 
-// max(pixel, 0), and NaN for NaN.
+// max(pixel, 0), which keeps NaN.
 struct RectifiedPixels : Pixels {
   RectifiedPixels From(int64_t c) const { return {}; }
   Lanes Read(Lanes pixels) const { return pixels < 0 ? Lanes{} : pixels; }
   Lanes PassBack(Lanes pixels, Lanes gradient) { return pixels > 0 ? gradient : Lanes{}; }
 };
 
-// Adds lanes but for the first num_done, which are in the target already.
+// Adds all lanes except the first num_done, which have already been added.
 inline void AddLanes(Lanes lanes, int64_t num_done, float* target) {
   const Lanes sum = LoadLanes(target) + lanes;
   std::memcpy(target + num_done, reinterpret_cast<const float*>(&sum) + num_done,
@@ -411,7 +409,7 @@ class NormalizedPixels {
       const Lanes value = (pixels - center) * factor + term;
       return value < 0 ? Lanes{} : value;
     }
-    // Of the batch norm's output: the batch norm's own gradient needs the sums first.
+    // The gradient of the batch norm's output. That of its input needs the complete sums.
     Lanes PassBack(Lanes pixels, Lanes gradient) {
       const Lanes distance = pixels - center;
       const Lanes passed = distance * factor + term > 0 ? gradient : Lanes{};
@@ -435,24 +433,24 @@ class NormalizedPixels {
   const Statistics& statistics_;
 };
 
-// For a 3 x 3 depthwise convolution with stride 1 and padding SAME: the row of an image
-// that it is at, with those above and below.
+// A row of an image with the rows above and below it, for a 3 x 3 depthwise convolution with
+// stride 1 and padding SAME.
 template <typename Value>
 class Rows {
  public:
-  // Row counts through all images.
+  // `row` counts the rows of all images.
   Rows(const Tensor& images, const Value* values, int64_t row)
       : width_(images.dim_size(2)), channels_(images.dim_size(3)) {
     const int64_t height = images.dim_size(1), row_size = width_ * channels_;
     rows_[1] = values + row * row_size;
     rows_[0] = row % height > 0 ? rows_[1] - row_size : nullptr;
     rows_[2] = (row + 1) % height > 0 ? rows_[1] + row_size : nullptr;
-    row_after_next_ = rows_[1] + 2 * row_size;  // or none: it is only prefetched
+    row_after_next_ = rows_[1] + 2 * row_size;  // may not exist: it is only prefetched
   }
 
-  // Calls visit(index in the row, around) for each column, with the lanes from channel c on
-  // of the pixels around, as `reading` reads them: around[1][1] is at the index,
-  // around[0] the row above it. Beyond an image's edge is zero.
+  // Calls visit(index in the row, around) for each column. `around` holds the lanes that start at
+  // channel c of the 3 x 3 neighbourhood, as `reading` reads them: around[1][1] is at the index,
+  // around[0] is the row above. Pixels outside the image are zero.
   template <typename Channels, typename Visit>
   inline __attribute__((always_inline)) void VisitColumns(int64_t c, const Channels& reading,
                                                           const Visit visit) const {
@@ -470,7 +468,7 @@ class Rows {
     for (int64_t column = 0; column < width_; ++column) {
       move_to(column);
       const int64_t i = column * channels_ + c;
-      // Nothing else would: the processor foresees no steps of a pixel's size.
+      // Hardware prefetching does not follow strides as large as a pixel.
       __builtin_prefetch(row_after_next_ + i);
       visit(i, around);
     }
@@ -517,7 +515,7 @@ void Convolve(OpKernelContext* context, const Tensor& images, const Tensor& kern
       const Rows rows(images, x, row);
       auto* target = y + row * row_size;
       for (int64_t next = 0; next < channels; next += kLanes) {
-        // The last lanes begin earlier, where the channels are no multiple of them.
+        // The last lanes overlap the previous ones if channels is not a multiple of kLanes.
         const int64_t c = std::min(next, channels - kLanes);
         Lanes weight[3][3];
         for (int i = 0; i < 9; ++i) weight[i / 3][i % 3] = LoadLanes(weights + i * channels + c);
@@ -530,7 +528,7 @@ void Convolve(OpKernelContext* context, const Tensor& images, const Tensor& kern
   });
 }
 
-// Convolves the gradient of a row with the kernel turned round; `reading` keeps its sums.
+// Convolves a row of the gradient with the rotated kernel; `reading` collects its sums.
 template <typename Value, typename Channels>
 void ConvolveBack(const Rows<Value>& rows_of_dy, const float* weights, int64_t channels, int64_t c,
                   const Value* x, Value* dx, Channels* reading) {
@@ -544,7 +542,7 @@ void ConvolveBack(const Rows<Value>& rows_of_dy, const float* weights, int64_t c
   *reading = kept;
 }
 
-// Adds a row to the gradient of the kernel, [9, channels], but for the first num_done lanes.
+// Adds a row's share of the kernel gradient, [9, channels], except the first num_done lanes.
 template <typename Value, typename Channels>
 void AddKernelGradient(const Rows<Value>& rows_of_x, const Value* dy, int64_t channels, int64_t c,
                        int64_t num_done, const Channels& reading, float* sums) {
@@ -559,13 +557,13 @@ void AddKernelGradient(const Rows<Value>& rows_of_x, const Value* dy, int64_t ch
   for (int i = 0; i < 9; ++i) AddLanes(sum[i / 3][i % 3], num_done, sums + i * channels + c);
 }
 
-// Writes the gradient of what the convolution read, as `reading` passes it back, and returns
-// sums, [9 + Reading::kNumSums, channels]: the kernel's gradient, and those of `reading`.
+// Writes the gradient of the images, as `reading` passes it back, and returns sums of shape
+// [9 + Reading::kNumSums, channels]: the kernel gradient, then the sums of `reading`.
 template <typename T, typename Reading>
 std::vector<double> ConvolveGradient(OpKernelContext* context, const Tensor& gradient,
                                      const Tensor& images, const Tensor& kernel,
                                      const Reading& reading, Tensor* images_gradient) {
-  constexpr int64_t kRows = 8;  // of a part: the sums are made of parts
+  constexpr int64_t kRows = 8;  // per partial sum
   const int64_t num_rows = images.dim_size(0) * images.dim_size(1);
   const int64_t channels = images.dim_size(3), row_size = images.dim_size(2) * channels;
   const int64_t parts = (num_rows + kRows - 1) / kRows;
@@ -592,8 +590,8 @@ std::vector<double> ConvolveGradient(OpKernelContext* context, const Tensor& gra
   return AddRows(sums, num_sums);
 }
 
-// A 3 x 3 depthwise convolution with stride 1 and padding SAME, of max(x, 0) instead of x
-// if the attribute relu is true.
+// A 3 x 3 depthwise convolution with stride 1 and padding SAME of x, or of max(x, 0) if the
+// attribute relu is true.
 template <typename T>
 class Depthwise : public OpKernel {
  public:
@@ -640,7 +638,7 @@ class DepthwiseGrad : public OpKernel {
   bool relu_;
 };
 
-// BatchNorm with its ReLU and Depthwise in one: what is between them is never stored.
+// BatchNorm, ReLU and Depthwise fused: the tensors between them are never stored.
 template <typename T>
 class BatchNormDepthwise : public OpKernel {
  public:
@@ -682,8 +680,8 @@ class BatchNormDepthwiseGrad : public OpKernel {
     OP_REQUIRES_OK(context, context->allocate_output(2, scale.shape(), &offset_gradient));
     OP_REQUIRES_OK(context, context->allocate_output(3, kernel.shape(), &kernel_gradient));
 
-    // First the gradient of the batch norm's output, where that of x will be. It is stored in
-    // the images' format, but its sums are not of rounded values.
+    // images_gradient first holds the gradient of the batch norm's output, rounded to the images'
+    // format; its sums are of the unrounded values.
     const auto statistics = StatisticsOf(mean, inverse_deviation, scale, offset);
     const auto sums = ConvolveGradient<T>(context, gradient, images, kernel,
                                           NormalizedPixels(statistics), images_gradient);
@@ -705,7 +703,7 @@ absl::Status SetBatchNormShapes(InferenceContext* context) {
   return absl::OkStatus();
 }
 
-// Gradients have the shapes of the inputs behind the first, which is the output's gradient.
+// Gradients have the shapes of the inputs, which follow the gradient of the output.
 template <int num_gradients>
 absl::Status SetGradientShapes(InferenceContext* context) {
   for (int i = 0; i < num_gradients; ++i) context->set_output(i, context->input(i + 1));
@@ -788,17 +786,17 @@ REGISTER_OP("XceptionDepthwiseGrad")
     .Output("kernel_gradient: float")
     .SetShapeFn(SetGradientShapes<2>);
 
-#define REGISTER_KERNEL(name, Kernel, T)                                              \
-  REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), \
-                          Kernel<T>);
-#define REGISTER_KERNELS(T)                                          \
-  REGISTER_KERNEL("XceptionBatchNorm", BatchNorm, T)                 \
-  REGISTER_KERNEL("XceptionBatchNormGrad", BatchNormGrad, T)         \
-  REGISTER_KERNEL("XceptionBatchNormDepthwise", BatchNormDepthwise, T) \
-  REGISTER_KERNEL("XceptionBatchNormDepthwiseGrad", BatchNormDepthwiseGrad, T) \
-  REGISTER_KERNEL("XceptionDepthwise", Depthwise, T)                 \
-  REGISTER_KERNEL("XceptionDepthwiseGrad", DepthwiseGrad, T)
-REGISTER_KERNELS(float)
-REGISTER_KERNELS(tensorflow::bfloat16)
+#define REGISTER(Kernel, T)                                                                     \
+  REGISTER_KERNEL_BUILDER(                                                                      \
+      Name("Xception" #Kernel).Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), Kernel<T>);
+#define REGISTER_KERNEL(Kernel) \
+  REGISTER(Kernel, float)       \
+  REGISTER(Kernel, tensorflow::bfloat16)
+REGISTER_KERNEL(BatchNorm)
+REGISTER_KERNEL(BatchNormGrad)
+REGISTER_KERNEL(BatchNormDepthwise)
+REGISTER_KERNEL(BatchNormDepthwiseGrad)
+REGISTER_KERNEL(Depthwise)
+REGISTER_KERNEL(DepthwiseGrad)
 
 }  // namespace

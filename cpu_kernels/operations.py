@@ -1,14 +1,14 @@
-"""Exchanges what a training step on CPUs spends its time in for faster operations.
+"""Replaces the slow operations of a CPU training step with faster ones.
 
-  with fast_operations.replace_slow_operations():
+  with operations.replace_slow_operations():
     logits, _ = xception.xception(images, ...)
 
-The network stays as slim defines it, and the numbers are the same to rounding:
- - batch norms that use the batch's statistics and 3 x 3 depthwise convolutions become
-   operations of `build.cc`, which compute the ReLU beside them too, and both in
-   one where nothing else reads what is between them;
+The network stays as slim defines it, and its numbers are the same up to rounding:
+ - batch norms in training and 3 x 3 depthwise convolutions become operations of `kernels.cc`,
+   with their ReLUs; a batch norm and a depthwise convolution become one operation if nothing
+   else reads the tensors between them;
  - the gradients of 1 x 1 convolutions become matrix products.
-What is on a GPU is left as it is: cuDNN needs no help.
+Operations on a GPU stay as they are.
 """
 
 import contextlib
@@ -19,16 +19,15 @@ from tensorflow.python.framework import ops
 from cpu_kernels import build
 
 CONV2D_GRADIENT = 'Conv2DGradientByMatMul'
-MIN_CHANNELS = 16  # of a depthwise convolution in build.cc
+MIN_CHANNELS = 16  # of a depthwise convolution in kernels.cc
 
 
 @contextlib.contextmanager
 def replace_slow_operations():
-  """Makes the operations that are built in this context faster, at its end.
+  """Replaces slow operations that are built in this context when it ends.
 
-  Gradients are to be taken after it, and devices must be named in it where there is a
-  GPU. What was exchanged stays in the graph, and runs only if somebody fetches it: an
-  end point of the network is still what it was.
+  Take gradients after the context, and place operations for a GPU explicitly. The originals
+  stay in the graph and run only if they are fetched, so end points keep their meaning.
   """
   graph = tf.get_default_graph()
   num_operations = len(graph.get_operations())
@@ -40,14 +39,14 @@ def replace_slow_operations():
   if not batch_norms + depthwises or not (kernels := build.load()):
     return
   for op in batch_norms:
-    depthwise = _depthwise_behind(op)
+    depthwise = _depthwise_after(op)
     if depthwise in depthwises:
       depthwises.remove(depthwise)
-      _exchange_both(op, depthwise, kernels)
+      _replace_both(op, depthwise, kernels)
     else:
-      _exchange_batch_norm(op, kernels)
+      _replace_batch_norm(op, kernels)
   for op in depthwises:
-    _exchange_depthwise(op, kernels)
+    _replace_depthwise(op, kernels)
 
 
 def _is_batch_norm_in_training(op):
@@ -57,42 +56,42 @@ def _is_batch_norm_in_training(op):
 
 
 def _only_reader(op, op_type):
-  """Returns what alone reads the first output of an operation, if it is of a type; or None."""
+  """Returns the only reader of an operation's first output if it has that type, else None."""
   readers = op.outputs[0].consumers()
   return readers[0] if [reader.type for reader in readers] == [op_type] else None
 
 
-def _depthwise_behind(batch_norm):
-  """Returns the depthwise convolution that can be computed with a batch norm, or None."""
+def _depthwise_after(batch_norm):
+  """Returns the depthwise convolution that can be fused with a batch norm, or None."""
   relu = _only_reader(batch_norm, 'Relu')
   depthwise = relu and _only_reader(relu, 'DepthwiseConv2dNative')
-  # What those wait for may itself wait for the batch norm.
+  # Their control inputs might depend on the batch norm.
   if depthwise and not relu.control_inputs + depthwise.control_inputs:
     return depthwise
   return None
 
 
-def _exchange_both(batch_norm, depthwise, kernels):
-  """Exchanges a batch norm, the ReLU behind it and the depthwise convolution behind that."""
-  with _place_of(batch_norm):
+def _replace_both(batch_norm, depthwise, kernels):
+  """Replaces a batch norm, the ReLU after it and the depthwise convolution after that."""
+  with _in_place_of(batch_norm):
     output, mean, variance, _ = kernels.xception_batch_norm_depthwise(
         *batch_norm.inputs[:3], depthwise.inputs[1], epsilon=batch_norm.get_attr('epsilon'),
         name=f'{depthwise.name}_fast')
   for old, new in zip([*depthwise.outputs, *batch_norm.outputs[1:3]], [output, mean, variance],
                       strict=True):
-    _exchange(old, new)
+    _replace(old, new)
 
 
-def _exchange_batch_norm(op, kernels):
-  """Exchanges a batch norm, and the ReLU behind it if nothing else reads it."""
+def _replace_batch_norm(op, kernels):
+  """Replaces a batch norm, and the ReLU after it if that is its only reader."""
   relu = _only_reader(op, 'Relu')
-  with _place_of(op):
+  with _in_place_of(op):
     output, mean, variance, _ = kernels.xception_batch_norm(
         *op.inputs[:3], epsilon=op.get_attr('epsilon'), relu=relu is not None,
         name=f'{op.name}_fast')
-  _exchange((relu or op).outputs[0], output)
-  _exchange(op.outputs[1], mean)
-  _exchange(op.outputs[2], variance)
+  _replace((relu or op).outputs[0], output)
+  _replace(op.outputs[1], mean)
+  _replace(op.outputs[2], variance)
 
 
 def _is_depthwise_3x3(op):
@@ -105,25 +104,25 @@ def _is_depthwise_3x3(op):
           and op.get_attr('padding') == b'SAME' and op.get_attr('data_format') == b'NHWC')
 
 
-def _exchange_depthwise(op, kernels):
-  """Exchanges a depthwise convolution, and the ReLU in front if nothing else reads that."""
+def _replace_depthwise(op, kernels):
+  """Replaces a depthwise convolution, and the ReLU before it if it is that one's only reader."""
   images, kernel = op.inputs
   relu = images.op.type == 'Relu' and images.consumers() == [op]
-  with _place_of(op):
+  with _in_place_of(op):
     output = kernels.xception_depthwise(images.op.inputs[0] if relu else images, kernel,
                                         relu=relu, name=f'{op.name}_fast')
-  _exchange(op.outputs[0], output)
+  _replace(op.outputs[0], output)
 
 
 @contextlib.contextmanager
-def _place_of(op):
-  """Operations are built where another one is."""
+def _in_place_of(op):
+  """Builds operations on the device, and with the control inputs, of another one."""
   with tf.name_scope(None), tf.device(op.device), tf.control_dependencies(op.control_inputs):
     yield
 
 
-def _exchange(old, new):
-  """Lets all that read one tensor read another."""
+def _replace(old, new):
+  """Makes the readers of one tensor read another."""
   for reader in old.consumers():
     for i, tensor in enumerate(reader.inputs):
       if tensor is old:
@@ -149,24 +148,23 @@ def _batch_norm_depthwise_gradient(op, gradient, *_):
 @tf.RegisterGradient('XceptionDepthwise')
 def _depthwise_gradient(op, gradient):
   """Returns the gradients with respect to images and kernel."""
-  return build.load().xception_depthwise_grad(gradient, *op.inputs,
-                                                     relu=op.get_attr('relu'))
+  return build.load().xception_depthwise_grad(gradient, *op.inputs, relu=op.get_attr('relu'))
 
 
 @tf.RegisterGradient(CONV2D_GRADIENT)
 def _conv2d_gradient(op, gradient):
-  """Returns the gradients of a Conv2D with respect to its images and its kernel."""
+  """Returns the gradients of a Conv2D with respect to images and kernel."""
   images, kernel = op.inputs
   _, stride, horizontal_stride, _ = op.get_attr('strides')
   is_pointwise = (kernel.shape[:2] == [1, 1] and stride == horizontal_stride
-                  and images.shape[3] == kernel.shape[2]  # else it has groups
+                  and images.shape[3] == kernel.shape[2]  # no groups
                   and op.get_attr('data_format') == b'NHWC'
                   and op.get_attr('padding') != b'EXPLICIT')
   if not is_pointwise or _is_on_gpu(op):
     return ops.gradient_registry.lookup('Conv2D')(op, gradient)
 
-  # A 1 x 1 kernel with a stride sees the first pixel of each stride x stride square.
-  # Pooling one pixel takes that pixel, in a fifth of a strided slice's time.
+  # A 1 x 1 kernel with a stride sees the first pixel of each stride x stride square. Pooling
+  # with window 1 selects the same pixels in a fifth of the time of a strided slice.
   seen = images if stride == 1 else tf.nn.avg_pool2d(images, 1, stride, 'SAME')
   channels_in, channels_out = kernel.shape.as_list()[2:]
   rows = tf.reshape(gradient, [-1, channels_out])

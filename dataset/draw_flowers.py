@@ -2,11 +2,11 @@
 
   python -m dataset.draw_flowers --dataset_dir dataset
 
-The flower photographs are too large to ship, so these drawings stand in for
-them: daisies, dandelions, roses, sunflowers and tulips of every colour, size,
-pose and number, on every background, in good light and bad. What tells a class
-is its shape; petals, backgrounds and light come from the same draws for all.
-The same seed draws the same pictures with the same numpy and Pillow.
+These drawings stand in for the flower photographs, which are too large to ship.
+Daisies, dandelions, roses, sunflowers and tulips vary in colour, size, pose,
+number, background and light. Only the shape identifies the class: the colours,
+backgrounds and light of all classes come from the same distributions. A seed
+always gives the same pictures with the same versions of numpy and Pillow.
 """
 
 import argparse
@@ -42,11 +42,11 @@ def draw_image(label, random):
   height, width = random.integers(*SHORT_SIDE), random.integers(*LONG_SIDE)
   if random.random() < 0.4:
     height, width = width, height
-  # At twice the size: shrinking smooths the edges.
+  # Drawn at twice the size, because shrinking smooths the edges.
   image = draw_background(2 * height, 2 * width, random)
   count = 1 + random.choice(MAX_FLOWERS, p=[0.55, 0.25, 0.12, 0.08])
   radius = min(height, width) * random.uniform(0.24, 0.44) * (1.0 if count == 1 else 0.85)
-  # The main flower last, so that nothing hides it.
+  # The main flower is drawn last so that nothing hides it.
   for i in reversed(range(count)):
     spread = 0.16 if i == 0 else 0.36
     center = 2 * np.array([width, height]) * random.uniform(0.5 - spread, 0.5 + spread, 2)
@@ -57,7 +57,7 @@ def draw_image(label, random):
 
 
 def draw_background(height, width, random):
-  """Returns an RGB PIL image: foliage, sky, soil, wood, stone or a studio's wall."""
+  """Returns an RGB PIL image of foliage, sky, soil, wood, stone or a studio wall."""
   kind = random.choice(['foliage', 'foliage', 'sky', 'soil', 'wood', 'stone', 'studio'])
   base = {
       'foliage': [60, 95, 45], 'sky': [130, 170, 215], 'soil': [105, 80, 58],
@@ -72,7 +72,7 @@ def draw_background(height, width, random):
   if kind == 'wood':
     plank = np.floor((rows if random.random() < 0.5 else columns) * random.integers(3, 7))
     pixels += 14 * np.sin(plank * 7.3) + 9 * np.sin(columns * 40 + 3 * np.sin(rows * 50))
-  # Patches of light and dark, coarse and fine.
+  # Coarse and fine patches of light and dark.
   for cells, strength in ((4, 16), (12, 14), (50, 16 if kind in ('soil', 'stone') else 5)):
     noise = random.normal(0, strength, [cells, cells, 1]) + random.normal(0, 4, [cells, cells, 3])
     pixels += _enlarge(noise, height, width)
@@ -81,12 +81,12 @@ def draw_background(height, width, random):
   flower_shapes.draw_blobs(image, random, count=random.integers(0, 45 if kind == 'foliage' else 14))
   if kind == 'sky' and random.random() < 0.6:
     flower_shapes.draw_grass(image, random)
-  # Out of focus, more or less.
+  # The background is more or less out of focus.
   return image.filter(ImageFilter.GaussianBlur(random.uniform(2, 16)))
 
 
 def light_and_noise(image, random):
-  """Returns the image as a camera might have taken it: light, focus, sensor noise."""
+  """Adds the light, focus and sensor noise of a camera to an RGB PIL image."""
   if random.random() < 0.3:
     image = image.filter(ImageFilter.GaussianBlur(random.uniform(0.3, 0.9)))
   pixels = np.asarray(image, np.float64) / 255
@@ -102,10 +102,10 @@ def light_and_noise(image, random):
 
 
 def encode(image, random):
-  """Returns the bytes and the format, 'jpg' or sometimes 'png', of a PIL image."""
+  """Encodes a PIL image; returns its bytes and its format, 'jpg' or sometimes 'png'."""
   file = io.BytesIO()
   if random.random() < PNG_FRACTION:
-    # Few colours keep a PNG as small as a JPEG.
+    # With few colours, a PNG is as small as a JPEG.
     image.quantize(64).convert('RGB').save(file, 'PNG', optimize=True)
     return file.getvalue(), 'png'
   image.save(file, 'JPEG', quality=int(random.integers(*JPEG_QUALITY)))
@@ -113,12 +113,12 @@ def encode(image, random):
 
 
 def split_examples(split_name, num_images, seed):
-  """Draws a split; yields its tf.train.Examples in random order.
+  """Draws a split and yields its tf.train.Examples in random order.
 
   Args:
     split_name: 'train' or 'validation'.
-    num_images: int, spread evenly over the classes.
-    seed: int; each image depends on it, the split and its index alone.
+    num_images: int, divided evenly among the classes.
+    seed: int; an image depends only on the seed, the split and its own index.
   """
   split = flowers.SPLITS.index(split_name)
   for index in np.random.default_rng([seed, split]).permutation(num_images):
@@ -133,13 +133,13 @@ def write_dataset(dataset_dir, sizes, seed, overwrite):
   """Draws all splits and writes their shards and labels.txt.
 
   Args:
-    dataset_dir: folder, created if missing.
-    sizes: dict from the split's name to its number of images.
+    dataset_dir: folder to write to; created if missing.
+    sizes: {split name: number of images}.
     seed: int.
-    overwrite: whether existing files may be replaced.
+    overwrite: whether to replace existing files.
 
   Raises:
-    FileExistsError: a file is there and overwrite is False.
+    FileExistsError: a file exists and overwrite is False.
   """
   os.makedirs(dataset_dir, exist_ok=True)
   paths = {name: [os.path.join(dataset_dir, flowers.shard_name(name, shard, NUM_SHARDS))
@@ -148,7 +148,7 @@ def write_dataset(dataset_dir, sizes, seed, overwrite):
   written = [labels_file, *(path for shards in paths.values() for path in shards)]
   existing = [path for path in written if os.path.exists(path)]
   if existing and not overwrite:
-    raise FileExistsError(f'{existing[0]} exists: add --overwrite to replace it, or choose '
+    raise FileExistsError(f'{existing[0]} exists: use --overwrite to replace it, or choose '
                           'another --dataset_dir')
 
   for name, num_images in sizes.items():
@@ -159,7 +159,7 @@ def write_dataset(dataset_dir, sizes, seed, overwrite):
           writer.write(example.SerializeToString())
   with open(labels_file + '.tmp', 'w', encoding='utf-8', newline='\n') as f:
     f.writelines(f'{label}:{name}\n' for label, name in enumerate(flower_shapes.CLASSES))
-  # Nothing looks finished before everything is.
+  # The files get their final names only after all of them are complete.
   for path in written:
     os.replace(path + '.tmp', path)
 
@@ -174,10 +174,10 @@ def parse_args(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__.split('\n')[0],
       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-  parser.add_argument('--dataset_dir', default='dataset', help='folder to write')
-  parser.add_argument('--num_train', type=int, default=400, help='training images')
-  parser.add_argument('--num_validation', type=int, default=100, help='validation images')
-  parser.add_argument('--seed', type=int, default=0, help='another seed, other flowers')
+  parser.add_argument('--dataset_dir', default='dataset', help='folder to write to')
+  parser.add_argument('--num_train', type=int, default=400, help='number of training images')
+  parser.add_argument('--num_validation', type=int, default=100, help='number of validation images')
+  parser.add_argument('--seed', type=int, default=0, help='determines all pictures')
   parser.add_argument('--overwrite', action='store_true', help='replace existing files')
   return parser.parse_args(argv)
 

@@ -1,11 +1,11 @@
-"""The shapes of five flowers, and of what stands around them, as Pillow polygons."""
+"""Draws five kinds of flowers and their surroundings as Pillow polygons."""
 
 import numpy as np
 from PIL import ImageDraw
 
 CLASSES = ('daisy', 'dandelion', 'roses', 'sunflowers', 'tulips')
 
-# Every class draws its petals from these, so that no colour tells a class.
+# Shared by all classes, so that the colour does not give the class away.
 PETAL_COLORS = np.array([
     [240, 238, 230], [245, 232, 190], [245, 205, 40], [240, 150, 30], [205, 40, 35],
     [235, 140, 165], [200, 40, 115], [140, 80, 170], [225, 110, 90]])
@@ -15,15 +15,15 @@ GOLDEN_ANGLE = np.pi * (3 - 5**0.5)
 
 
 class Pen:
-  """Draws polygons given in a flower's own coordinates: unit radius, y upwards."""
+  """Draws polygons in the coordinates of a flower: unit radius, y axis upwards."""
 
   def __init__(self, image, center, radius, rotation=0.0, tilt=1.0):
     """Initializes the pen.
 
     Args:
-      image: RGB PIL image, drawn on.
+      image: RGB PIL image to draw on.
       center: (x, y) in pixels.
-      radius: pixels of one unit.
+      radius: length of one unit in pixels.
       rotation: radians, anticlockwise.
       tilt: float in (0, 1], foreshortening of the y axis before the rotation.
     """
@@ -34,7 +34,7 @@ class Pen:
     self._matrix = radius * np.array([[cosine, -sine * tilt], [-sine, -cosine * tilt]])
 
   def polygon(self, points, color, alpha=255):
-    """Fills a polygon of points [n, 2] with an RGB colour."""
+    """Fills the polygon through points [n, 2] with an RGB colour."""
     pixels = np.asarray(points) @ self._matrix.T + self._center
     self._draw.polygon([tuple(p) for p in pixels], fill=(*_rgb(color), alpha))
 
@@ -55,10 +55,10 @@ def draw_flower(image, label, center, radius, random):
   """Draws one flower with its stem and leaves.
 
   Args:
-    image: RGB PIL image, drawn on.
+    image: RGB PIL image to draw on.
     label: int, index into CLASSES.
-    center: (x, y) of the flower's head in pixels.
-    radius: of the head, in pixels.
+    center: (x, y) of the flower head in pixels.
+    radius: radius of the flower head in pixels.
     random: numpy Generator.
   """
   color = PETAL_COLORS[random.integers(len(PETAL_COLORS))] + random.normal(0, 12, 3)
@@ -80,7 +80,7 @@ def draw_flower(image, label, center, radius, random):
 
 
 def draw_blobs(image, random, count):
-  """Draws soft discs of leaf and petal colours, as out-of-focus things look."""
+  """Draws translucent discs in leaf and petal colours, like objects out of focus."""
   colors = np.concatenate([LEAF_COLORS, LEAF_COLORS, PETAL_COLORS])
   for _ in range(count):
     center = random.uniform(0, 1, 2) * np.array(image.size)
@@ -90,7 +90,7 @@ def draw_blobs(image, random, count):
 
 
 def draw_grass(image, random):
-  """Draws blades of grass along the lower edge."""
+  """Draws blades of grass along the bottom edge."""
   width, height = image.size
   for x in random.uniform(0, width, 90):
     pen = Pen(image, (x, height), height * random.uniform(0.1, 0.45), random.normal(0, 0.25))
@@ -102,9 +102,9 @@ def petal(length, width, pointedness, start=0.0, square=False):
 
   Args:
     length, width: in units.
-    pointedness: 0.3 is blunt, 1.0 comes to a point.
-    start: distance of its base from the origin.
-    square: ends it bluntly, toothed like a dandelion's floret.
+    pointedness: 0.3 is blunt, 1.0 is pointed.
+    start: distance of the base from the origin.
+    square: whether the tip is blunt and toothed like a dandelion floret.
   """
   t = np.linspace(0, 1, 15)
   profile = t**0.6 * (1 - t)**pointedness
@@ -117,13 +117,13 @@ def petal(length, width, pointedness, start=0.0, square=False):
 
 
 def turned(points, angle):
-  """Returns points [n, 2] turned anticlockwise by `angle` radians."""
+  """Returns points [n, 2] rotated anticlockwise by `angle` radians."""
   cosine, sine = np.cos(angle), np.sin(angle)
   return points @ np.array([[cosine, sine], [-sine, cosine]])
 
 
 def _shaded_petal(pen, color, random, angle, length, width, pointedness, start):
-  """A petal with a dark edge, a base-to-tip gradient and veins."""
+  """Draws a petal with a dark edge, a gradient from base to tip, and veins."""
   color = color * random.uniform(0.88, 1.08)
   pen.polygon(turned(petal(length * 1.02, width * 1.14, pointedness, start), angle), color * 0.55)
   pen.polygon(turned(petal(length, width, pointedness, start), angle), color * 0.82)
@@ -174,7 +174,7 @@ def _draw_dandelion(pen, color, random):
 
 
 def _draw_seed_head(pen, random):
-  """The ball of parachutes that a dandelion turns into."""
+  """Draws the seed head of a dandelion."""
   hair = np.array([235, 232, 225]) * random.uniform(0.8, 1.05)
   pen.disc([0, 0], 1.0, hair, alpha=45)
   for _ in range(130):
@@ -227,7 +227,7 @@ def _draw_sunflower(pen, color, random):
 
 
 def _draw_tulip(pen, color, random):
-  """A cup seen from the side: petals behind, at the sides, in front."""
+  """Draws a cup seen from the side, with its petals from back to front."""
   opening = random.uniform(0.0, 0.3)
   petals = [(-0.3, 0.55, 0.9), (0.3, 0.55, 0.9), (0.0, 0.6, 1.0),
             (-0.2 - opening, 0.62, 0.97), (0.2 + opening, 0.62, 0.97), (0.0, 0.78, 0.86)]
@@ -236,7 +236,7 @@ def _draw_tulip(pen, color, random):
     profile = (np.sin(np.pi * np.minimum(t * 0.62 + 0.12, 1)) ** 0.8
                * np.clip((1 - t) / 0.3, 0, 1)**0.6 * width / 2)
     height = 1.55 * height * random.uniform(0.95, 1.05)
-    # Petals leave the stem together and lean out in an arc.
+    # All petals start at the stem and lean outwards in an arc.
     spine = np.stack([lean * np.sin(t * np.pi / 2) ** 0.7, -0.75 + t * height], 1)
     outline = np.concatenate([spine - profile[:, None] * [1, 0],
                               (spine + profile[:, None] * [1, 0])[::-1]])
@@ -249,7 +249,7 @@ def _draw_tulip(pen, color, random):
 
 
 def _draw_stem(pen, random, leaf, width, bottom):
-  """A stem downwards from (0, bottom), with two or three leaves."""
+  """Draws a stem down from (0, bottom) with two leaves."""
   color = _leaf_color(random)
   bend = random.normal(0, 0.35)
   t = np.linspace(0, 1, 12)

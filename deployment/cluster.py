@@ -1,15 +1,15 @@
-"""The workers of a cluster: who they are, how they average, and how they end together.
+"""Synchronous training on several workers: discovery, averaging, and a common end.
 
-Every machine runs the same script with the same options; `TF_CONFIG` tells each
-who all of them are and which one it is. Worker 0 is the chief. Each worker has
-its own graph, its own copy of the weights and its own TensorFlow server; they
-meet in collective operations only, in which every worker takes part or none.
+Every machine runs the same script with the same options; `TF_CONFIG` lists all workers
+and says which one this is. Worker 0 is the chief. Each worker has its own graph, its own
+copy of the weights and its own TensorFlow server. They communicate through collective
+operations only, and every worker takes part in each of them.
 
   workers = cluster.find_workers()
   workers.start(session_config, startup_timeout_secs=600, step_timeout_secs=120)
   gradients = workers.average(gradients)
 
-Without TF_CONFIG there is one worker, `SingleWorker`, that does all this by itself.
+Without TF_CONFIG the only worker is a `SingleWorker`, which has nothing to exchange.
 """
 
 import collections
@@ -30,22 +30,22 @@ from tensorflow.python.ops import collective_ops
 
 from common import files
 
-GROUP_KEY = 1  # there is one group: all workers
-# A collective is known by its number, which is the same on every worker.
+GROUP_KEY = 1  # one group holds all workers
+# Workers match collectives by these numbers.
 FIRST_GATHER_KEY, FIRST_TRAINING_KEY = 1, 1000
-GATHER_BYTES = 16384  # of one worker, a multiple of 4
-# Measured on loopback: smaller and larger ones take longer.
+GATHER_BYTES = 16384  # per worker, a multiple of 4
+# On loopback, smaller and larger buckets were slower.
 BUCKET_BYTES = 4_000_000
 PRECISIONS = {'float32': tf.float32, 'bfloat16': tf.bfloat16}
 
 LOST_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
-LEAVE_SECS = 10  # for a session to close when its peers are gone
+LEAVE_SECS = 10  # time to close a session whose peers are gone
 PROBE_SECS = 1
 WATCH_SECS = 0.1
-START_AGAIN = ('Start all workers again with the same commands: training goes on from the last '
-               'checkpoint')
+RESTART_ADVICE = ('Restart all workers with the same commands; training resumes from the last '
+                  'checkpoint')
 
-# What a session fails with when other workers are gone, not when this one is wrong.
+# Errors of a session that has lost other workers, as opposed to a fault of this one.
 PEER_ERRORS = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError,
                tf.errors.DeadlineExceededError, tf.errors.InternalError,
                tf.errors.FailedPreconditionError, tf.errors.UnknownError)
@@ -53,7 +53,7 @@ PEER_ERRORS = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.Can
 ReducedStep = collections.namedtuple('ReducedStep', [
     'cross_entropy',  # float32 [], mean over the workers
     'accuracy',  # float32 [], mean over the workers
-    'last_position',  # int64 [], the greatest of the workers
+    'last_position',  # int64 [], maximum over the workers
 ])
 
 
@@ -65,10 +65,10 @@ def find_workers():
   """Reads TF_CONFIG.
 
   Returns:
-    `Workers` of the cluster, or `SingleWorker` without TF_CONFIG or if it names one.
+    `Workers` of the cluster, or a `SingleWorker` if TF_CONFIG is unset or lists one.
 
   Raises:
-    ClusterError: TF_CONFIG cannot be understood.
+    ClusterError: TF_CONFIG is malformed.
   """
   if not os.environ.get('TF_CONFIG', '').strip():
     return SingleWorker()
@@ -90,15 +90,15 @@ def find_workers():
 
 
 class SingleWorker:
-  """The only worker: what workers do together, it does by itself.
+  """A lone worker, and the interface of `Workers`: every exchange is the identity.
 
   Attributes:
     size: number of workers.
-    index: which one this is; 0 is the chief.
+    index: index of this worker; 0 is the chief.
     is_chief: whether this worker writes checkpoints and summaries.
-    device: where its graph belongs, for tf.device.
+    device: device of its graph, for tf.device.
     master: target of its sessions.
-    stopped_by: the worker that asked all to stop, like 'worker 1', or None.
+    stopped_by: the worker that asked all others to stop, such as 'worker 1', or None.
   """
   size = 1
   index = 0
@@ -114,52 +114,52 @@ class SingleWorker:
     """Starts this worker's server.
 
     Args:
-      session_config: tf.ConfigProto of its sessions, which is completed in place.
-      startup_timeout_secs: seconds until all workers train.
-      step_timeout_secs: seconds between two steps after that.
+      session_config: tf.ConfigProto of its sessions, completed in place.
+      startup_timeout_secs: seconds until the first step.
+      step_timeout_secs: seconds between two later steps.
 
     Raises:
       ClusterError: the server cannot start.
     """
 
   def all_gather(self, value):
-    """Returns the values of all workers as a list; each gives one that JSON can hold."""
+    """Returns a list of every worker's JSON-serializable value."""
     return [value]
 
   def require_same(self, settings):
-    """Compares what must be the same on every worker.
+    """Compares settings that must be the same on every worker.
 
     Args:
-      settings: {name: value that JSON can hold}.
+      settings: {name: JSON-serializable value}.
 
     Raises:
-      ClusterError: it differs; the message names the first setting and both values.
+      ClusterError: two workers differ; the message names the setting and both values.
     """
 
   def average(self, tensors, precision='float32', bucket_bytes=BUCKET_BYTES):
-    """Returns the means of float32 tensors over the workers: here each waits for the slowest.
+    """Returns the means of float32 tensors over the workers, which wait for the slowest here.
 
     Args:
       tensors: list of float32 tensors of known shapes.
-      precision: number format in which they travel and are added, one of PRECISIONS.
+      precision: number format in which they are sent and added, one of PRECISIONS.
       bucket_bytes: see `make_buckets`.
     """
     return tensors
 
   def average_variables(self, variables, updates):
-    """Returns ops that run `updates` and leave the mean over the workers in the variables."""
+    """Returns ops that run `updates`, then set the variables to their mean over the workers."""
     return updates
 
   def reduce_step(self, cross_entropy, accuracy, last_position):
-    """Returns the ReducedStep of all workers; see there."""
+    """Returns the ReducedStep over all workers."""
     return ReducedStep(cross_entropy, accuracy, last_position)
 
   def merge_evaluation(self, evaluation, num_images):
-    """Puts together what every worker found about its images.
+    """Merges the evaluations of all workers.
 
     Args:
-      evaluation: evaluation.Evaluation of this worker's images.
-      num_images: of all workers, bad records included.
+      evaluation: evaluator.Evaluation of this worker's images.
+      num_images: images of all workers, bad records included.
 
     Returns:
       The Evaluation of all images, the same on every worker.
@@ -167,11 +167,11 @@ class SingleWorker:
     return evaluation
 
   def request_stop(self, run_context):
-    """Ends training after this step, or as soon as all workers know."""
+    """Ends training after this step, or once all workers have received the request."""
     run_context.request_stop()
 
   def hooks(self, check_weights_steps):
-    """Returns the session hooks that keep the workers together, to stand before all others.
+    """Returns the session hooks that synchronize the workers; they must precede all others.
 
     Args:
       check_weights_steps: steps between two comparisons of the weights.
@@ -179,7 +179,7 @@ class SingleWorker:
     return []
 
   def explain(self, error):
-    """Returns a ClusterError if a session failed with `error` because of other workers."""
+    """Returns a ClusterError if `error` means that other workers are gone, else None."""
     return None
 
   def leave(self):
@@ -187,15 +187,15 @@ class SingleWorker:
 
 
 class Workers(SingleWorker):
-  """Several workers, one of which this process is."""
+  """The workers of a cluster, seen from the one that this process is."""
 
   def __init__(self, spec, task_type, task_id, size, index):
     """Initializes the workers; see `find_workers`.
 
     Args:
       spec: tf.train.ClusterSpec of jobs 'chief' and 'worker'.
-      task_type, task_id: job of this process, and its number in the job.
-      size, index: number of workers, and of this one among them.
+      task_type, task_id: job of this process and its index in the job.
+      size, index: number of workers and index of this one among them.
     """
     self.size = size
     self.index = index
@@ -218,27 +218,27 @@ class Workers(SingleWorker):
     leader = multi_worker_util.collective_leader(self._spec, *self._task)
     session_config.experimental.collective_group_leader = leader
     session_config.isolate_session_state = True
-    # Other workers need not be there yet, and one that is gone does not hold up a session.
+    # A session needs no worker but the leader: others may start later or be gone.
     del session_config.device_filters[:]
     session_config.device_filters.extend(dict.fromkeys([leader.replace('/replica:0', ''),
                                                         self.device]))
     self._session_config = session_config
     self._step_timeout_secs = step_timeout_secs
     self._watchdog = _Watchdog(self)
-    self._watchdog.expect(startup_timeout_secs, 'Not all workers were there',
+    self._watchdog.expect(startup_timeout_secs, 'Not all workers connected',
                           '--startup_timeout_secs')
     job, task = self._task
     try:
       self._server = tf.train.Server(self._spec, job, task, config=session_config)
     except (tf.errors.OpError, RuntimeError) as error:
       raise ClusterError(f'{self} cannot start its server: {_first_line(error)}. Is its port '
-                         'taken, or is this not the machine that TF_CONFIG calls so?') from error
+                         'taken, or is this a different machine?') from error
     self.master = self._server.target
 
   def all_gather(self, value):
     encoded = json.dumps(value).encode()
     if len(encoded) > GATHER_BYTES:
-      raise ClusterError(f'{self}: its settings take {len(encoded)} bytes, and only '
+      raise ClusterError(f'{self}: its settings take {len(encoded)} bytes, but only '
                          f'{GATHER_BYTES} can be compared: shorten the longest option')
     rows = np.zeros([self.size, GATHER_BYTES // 4], np.int32)
     rows[self.index] = np.frombuffer(encoded.ljust(GATHER_BYTES), np.int32)
@@ -249,9 +249,9 @@ class Workers(SingleWorker):
       try:
         with self.session() as session:
           rows = session.run(total)
-      except tf.errors.InternalError as error:  # how TensorFlow refuses a group of another size
-        raise ClusterError(f'{self}: TF_CONFIG names {self.size} workers here and others '
-                           'elsewhere: it must name the same ones, in the same order, on every '
+      except tf.errors.InternalError as error:  # raised if workers disagree about the size
+        raise ClusterError(f'{self}: TF_CONFIG lists {self.size} workers here and others '
+                           'elsewhere; it must list the same ones in the same order on every '
                            'worker') from error
       except PEER_ERRORS as error:
         raise self.explain(error) from error
@@ -264,8 +264,8 @@ class Workers(SingleWorker):
         if others.get(name) != value:
           raise ClusterError(
               f'Workers 0 ({self._addresses[0]}) and {index} ({self._addresses[index]}) cannot '
-              f'train together: {name} is {value} and {others.get(name)}. Start all with the same '
-              'options, data and code')
+              f'train together: {name} is {value} and {others.get(name)}. Start all of them with '
+              'the same options, data and code')
 
   def average(self, tensors, precision='float32', bucket_bytes=BUCKET_BYTES):
     averaged = [None] * len(tensors)
@@ -282,7 +282,7 @@ class Workers(SingleWorker):
     return averaged
 
   def average_variables(self, variables, updates):
-    if not updates:  # frozen statistics are the same everywhere
+    if not updates:  # frozen statistics are the same on every worker
       return updates
     with tf.control_dependencies(updates), tf.device('/cpu:0'):
       flat = tf.concat([tf.reshape(v.read_value(), [-1]) for v in variables], 0)
@@ -293,19 +293,19 @@ class Workers(SingleWorker):
 
   def reduce_step(self, cross_entropy, accuracy, last_position):
     self._stop_request = tf.placeholder_with_default(0.0, [])
-    # float64 holds positions exactly.
+    # float64 represents positions exactly.
     columns = [tf.cast(column, tf.float64) for column in (
         cross_entropy, accuracy, last_position, self._stop_request)]
     rows = self._gather(tf.stack(columns))
     self._stop_requests = rows[:, 3]
     return ReducedStep(tf.cast(tf.reduce_mean(rows[:, 0]), tf.float32),
-                            tf.cast(tf.reduce_mean(rows[:, 1]), tf.float32),
-                            tf.cast(tf.reduce_max(rows[:, 2]), tf.int64))
+                       tf.cast(tf.reduce_mean(rows[:, 1]), tf.float32),
+                       tf.cast(tf.reduce_max(rows[:, 2]), tf.int64))
 
   def merge_evaluation(self, evaluation, num_images):
     self._watchdog.expect(self._step_timeout_secs, 'Not all workers evaluated',
                           '--step_timeout_secs')
-    # Every image is one worker's: in a sum with zeros its row is exact.
+    # Each image belongs to one worker, and the others add zeros: the sum is exact.
     rows = np.zeros([num_images, 3 + evaluation.probabilities.shape[1]], np.float32)
     rows[evaluation.positions] = np.column_stack([
         np.ones(len(evaluation.labels)), evaluation.labels, evaluation.losses,
@@ -333,44 +333,43 @@ class Workers(SingleWorker):
       return tf.reshape(self._gather(tf.reshape(tf.add_n(sums), [1])), [-1])
 
   def broadcast(self, variables):
-    """Returns the op that gives every worker the chief's variables."""
+    """Returns an op that copies the chief's variables to every worker."""
     ops = []
     for variable in variables:
-      of_variable = (variable.shape, variable.dtype.base_dtype, self.size, GROUP_KEY,
-                     self._new_key())
+      group = (variable.shape, variable.dtype.base_dtype, self.size, GROUP_KEY, self._new_key())
       with tf.device('/cpu:0'):
         if self.is_chief:
-          ops.append(collective_ops.broadcast_send(variable.read_value(), *of_variable))
+          ops.append(collective_ops.broadcast_send(variable.read_value(), *group))
         else:
-          received = collective_ops.broadcast_recv(*of_variable)
+          received = collective_ops.broadcast_recv(*group)
       if not self.is_chief:
         ops.append(variable.assign(received))
     return tf.group(*ops)
 
   def stop_all(self, index, run_context):
-    """Ends training because worker `index` asked for it."""
+    """Ends training at the request of worker `index`."""
     self.stopped_by = f'worker {index}'
     run_context.request_stop()
 
   def wants_to_stop(self):
-    """Returns whether this worker asked for the end."""
+    """Returns whether this worker has asked to stop."""
     return self._wants_to_stop
 
   def expect_step(self):
-    """Lets the watchdog wait for the next step."""
+    """Restarts the watchdog's countdown to the next step."""
     self._watchdog.expect(self._step_timeout_secs, 'Not all workers took a step',
                           '--step_timeout_secs')
 
   def explain(self, error):
     if not isinstance(error, PEER_ERRORS):
       return None
-    # The session may wait for its peers once more when it is closed.
+    # Closing the session may wait for its peers again.
     self._watchdog.expect(LEAVE_SECS, 'The session did not close', None)
     return ClusterError(f'{self} lost the others ({type(error).__name__}). {self.absent()}'
-                        f'{START_AGAIN}')
+                        f'{RESTART_ADVICE}')
 
   def leave(self):
-    # A server that is gone would let the others' sessions hang.
+    # The others' sessions would hang if this server ended first.
     self._watchdog.expect(self._step_timeout_secs, 'Not all workers ended', '--step_timeout_secs')
     self.all_gather('end')
     self._watchdog.expect(math.inf, None, None)
@@ -384,10 +383,10 @@ class Workers(SingleWorker):
     return self._all_reduce(tensor, self._new_key(), 'Id')
 
   def absent(self):
-    """Returns a sentence about the workers that cannot be reached, or nothing."""
+    """Returns a sentence that names unreachable workers, or ''."""
     absent = [f'{index} ({address})' for index, address in enumerate(self._addresses)
               if index != self.index and not _is_listening(address)]
-    return f'Nothing answers at worker {", ".join(absent)}. ' if absent else ''
+    return f'No answer from worker {", ".join(absent)}. ' if absent else ''
 
   def _all_reduce(self, tensor, key, final_op):
     return collective_ops.all_reduce(tensor, self.size, GROUP_KEY, key, 'Add', final_op,
@@ -407,7 +406,7 @@ class Workers(SingleWorker):
 
 
 class _SynchronizationHook(tf.train.SessionRunHook):
-  """Gives all workers the chief's variables, compares them, and stops all at the same step."""
+  """Copies the chief's variables, compares the weights, and stops all workers at one step."""
 
   def __init__(self, workers, stop_request, stop_requests, check_weights_steps):
     self._workers = workers
@@ -436,15 +435,15 @@ class _SynchronizationHook(tf.train.SessionRunHook):
       differing = np.flatnonzero(checksums != checksums[0])
       if len(differing):
         raise ClusterError(
-            f'The weights of workers 0 and {differing[0]} differ after step {self._step}: the '
-            f'memory or the code of one is at fault. {START_AGAIN}')
+            f'The weights of workers 0 and {differing[0]} differ after step {self._step}: one of '
+            f'them has faulty memory or different code. {RESTART_ADVICE}')
     asking = np.flatnonzero(run_values.results)
     if len(asking):
       self._workers.stop_all(asking[0], run_context)
 
 
 class _ArraySum:
-  """Sums arrays of one shape over the workers, beside the session that trains."""
+  """Sums arrays of one shape over the workers, in a session of its own."""
 
   def __init__(self, workers, shape):
     with tf.Graph().as_default(), tf.device(f'{workers.device}/cpu:0'):
@@ -458,10 +457,9 @@ class _ArraySum:
 
 
 class _Watchdog(threading.Thread):
-  """Ends this process if what it waits for does not come in time.
+  """Ends this process when the workers exceed a time limit.
 
-  Nothing else does: a peer that is frozen, or was never started, makes
-  TensorFlow wait for ever.
+  TensorFlow itself would wait forever for a peer that is frozen or was never started.
   """
 
   def __init__(self, workers):
@@ -471,12 +469,12 @@ class _Watchdog(threading.Thread):
     self.start()
 
   def expect(self, seconds, failure, option):
-    """Sets what comes next.
+    """Starts a new countdown.
 
     Args:
-      seconds: how long to wait.
-      failure: what to say then, like 'Not all workers took a step'.
-      option: the option that sets seconds, or None.
+      seconds: time limit.
+      failure: what has failed after that time, such as 'Not all workers took a step'.
+      option: the option that sets `seconds`, or None.
     """
     self._expectation = time.monotonic() + seconds, seconds, failure, option
 
@@ -487,7 +485,7 @@ class _Watchdog(threading.Thread):
         source = f' ({option})' if option else ''
         sys.stdout.flush()
         print(f'train_flowers.py: {self._workers}: {failure} in {seconds:g} seconds{source}. '
-              f'{self._workers.absent()}{START_AGAIN}', file=sys.stderr, flush=True)
+              f'{self._workers.absent()}{RESTART_ADVICE}', file=sys.stderr, flush=True)
         os._exit(LOST_EXIT_CODE)
       time.sleep(WATCH_SECS)
 
@@ -495,12 +493,12 @@ class _Watchdog(threading.Thread):
 def make_buckets(sizes, bucket_bytes):
   """Groups tensors that are sent together.
 
-  In reverse order: the gradients of the last variables are there first, and
-  travel while the others are computed.
+  Buckets run from the last tensor to the first: the gradients of the last variables are
+  ready first and are sent while the others are computed.
 
   Args:
     sizes: bytes of each tensor.
-    bucket_bytes: a bucket is closed when it holds as many.
+    bucket_bytes: size at which a bucket is full.
 
   Returns:
     List of lists of indices.
@@ -517,26 +515,22 @@ def make_buckets(sizes, bucket_bytes):
 
 def code_hash():
   """Returns a hash of the project's code: scripts, packages and C++ sources."""
-  project = glob.escape(files.PROJECT_DIR)
-  folders = [files.PROJECT_DIR, *map(os.path.dirname, glob.glob(f'{project}/*/__init__.py'))]
-  paths = sorted(path for folder in folders for pattern in ('*.py', '*.cc')
-                 for path in glob.glob(os.path.join(glob.escape(folder), pattern)))
-  digest = hashlib.sha256()
-  for path in paths:
-    name = os.path.relpath(path, files.PROJECT_DIR)
-    digest.update(f'{name} {files.sha256(path)}\n'.encode())
-  return digest.hexdigest()[:16]
+  project = files.PROJECT_DIR
+  packages = map(os.path.dirname, glob.glob('*/__init__.py', root_dir=project))
+  names = sorted(name for folder in ('', *packages) for pattern in ('*.py', '*.cc')
+                 for name in glob.glob(os.path.join(folder, pattern), root_dir=project))
+  return text_hash('\n'.join(f'{name} {files.sha256(os.path.join(project, name))}'
+                             for name in names))
 
 
 def variables_hash():
   """Returns a hash of the names and shapes of the default graph's variables."""
-  names = [f'{variable.op.name} {variable.shape} {variable.dtype}\n'
-           for variable in tf.global_variables()]
-  return text_hash(''.join(names))
+  return text_hash('\n'.join(f'{variable.op.name} {variable.shape} {variable.dtype}'
+                             for variable in tf.global_variables()))
 
 
 def text_hash(text):
-  """Returns a hash of 16 digits."""
+  """Returns a hash of 16 hexadecimal digits."""
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -1,11 +1,11 @@
-"""The number formats and compilers of training, refused where the machine cannot do them."""
+"""Number formats and XLA: which of them a machine supports, and how a session uses them."""
 
 import os
 
 import tensorflow.compat.v1 as tf
 from tensorflow.core.protobuf import rewriter_config_pb2
 
-# The check that Grappler itself makes; a CPU that fails it would quietly stay at float32.
+# Grappler's own check: on a CPU that fails it, the graph would silently stay in float32.
 from tensorflow.python.util import _pywrap_utils
 
 from cpu_kernels import build
@@ -13,52 +13,51 @@ from deployment import towers
 
 PRECISIONS = ('float32', 'bfloat16', 'float16')
 
-# What stays float32 under --precision bfloat16 where build.cc does not do it, because
-# oneDNN's bfloat16 kernels of it are slower than the float32 ones with the casts around
-# them: 5 % of a training step on a CPU with AVX-512, 14 % on one with AMX.
+# Operations that --precision bfloat16 leaves in float32 wherever cpu_kernels does not replace
+# them: oneDNN's bfloat16 versions are slower than casts around the float32 ones, by 5 % of a
+# training step on a CPU with AVX-512 and by 14 % on one with AMX.
 FLOAT32_OPERATIONS = ('FusedBatchNormV3', 'FusedBatchNormGradV3',
                       'DepthwiseConv2dNativeBackpropFilter')
 
 
 def check(precision, xla, devices):
-  """Checks that the towers' devices can compute so.
+  """Checks that the towers' devices support a number format and XLA.
 
   Args:
     precision: one of PRECISIONS.
-    xla: whether XLA shall compile the graph.
+    xla: whether XLA compiles the graph.
     devices: device of each tower.
 
   Raises:
-    towers.DeviceError: they cannot; the message says why.
+    towers.DeviceError: they do not; the message says why.
   """
   on_cpu = devices[0].startswith('/cpu')
   if precision == 'float16' and on_cpu:
-    raise towers.DeviceError('--precision float16 needs a GPU: a CPU computes slower with it '
-                             'than with float32. Use bfloat16 or float32')
+    raise towers.DeviceError('--precision float16 needs a GPU: on a CPU it is slower than '
+                             'float32. Use bfloat16 or float32')
   if precision == 'bfloat16' and not on_cpu:
-    raise towers.DeviceError('--precision bfloat16 needs a CPU: TensorFlow rewrites graphs to '
-                             'bfloat16 for CPUs only. Use float16 or float32 on GPUs')
+    raise towers.DeviceError('--precision bfloat16 needs a CPU: TensorFlow converts graphs to '
+                             'bfloat16 on CPUs only. Use float16 or float32 on GPUs')
   if precision == 'bfloat16' and not _pywrap_utils.IsDataTypeSupportedByOneDNNOnThisCPU(
       tf.bfloat16.as_datatype_enum):
-    raise towers.DeviceError('--precision bfloat16 needs a CPU with AVX-512 or newer '
-                             'instructions, which this one lacks. Use float32')
+    raise towers.DeviceError('--precision bfloat16 needs a CPU with AVX-512 or newer, '
+                             'which this one lacks. Use float32')
   if xla and on_cpu:
     raise towers.DeviceError('--xla needs a GPU: on a CPU it makes training six times slower')
 
 
 def set_session_options(config, precision, xla):
-  """Sets how a session computes; the weights and moving statistics stay float32.
+  """Sets number format and XLA of a session; weights and moving statistics stay float32.
 
   Args:
-    config: tf.ConfigProto, changed in place. For bfloat16 the environment of the
-      process is changed too.
-    precision, xla: as for `check`.
+    config: tf.ConfigProto, changed in place; bfloat16 also changes the process's environment.
+    precision, xla: see `check`.
   """
   rewrites = config.graph_options.rewrite_options
   if precision == 'bfloat16':
     rewrites.auto_mixed_precision_onednn_bfloat16 = rewriter_config_pb2.RewriterConfig.ON
-    # Grappler reads its lists of operations from the environment alone, at every rewrite,
-    # and refuses an operation that is on two of them. A user's own changes stay.
+    # Grappler reads these lists from the environment only, at every rewrite, and rejects an
+    # operation on two of them. Entries that the user has set are kept.
     for change, names in (('ALLOWLIST_ADD', build.OPERATIONS),
                           ('DENYLIST_ADD', FLOAT32_OPERATIONS),
                           ('ALLOWLIST_REMOVE', FLOAT32_OPERATIONS),
@@ -73,11 +72,10 @@ def set_session_options(config, precision, xla):
 
 
 def scale_loss(optimizer):
-  """Wraps an optimizer for float16, whose small gradients would be 0.
+  """Wraps an optimizer in loss scaling, without which small float16 gradients underflow.
 
-  The loss is multiplied by a factor and the gradients divided by it. A step
-  whose gradients are not finite is left out and halves the factor; 2,000 good
-  ones double it (TensorFlow's defaults).
+  A step whose gradients are not finite is skipped and halves the scale; 2,000 finite steps
+  double it (TensorFlow's defaults).
   """
   return tf.mixed_precision.MixedPrecisionLossScaleOptimizer(
       optimizer, tf.mixed_precision.DynamicLossScale())

@@ -1,29 +1,30 @@
 """Data parallelism on one machine: towers replicated over devices, gradients averaged.
 
-Every tower is the same graph on the same variables, fed with its part of the
-batch. `average_gradients` is where the towers wait for each other.
+All towers build the same network on shared variables, each for its part of the batch. They
+wait for each other in `average_gradients`.
 """
 
 import os
 
 import tensorflow.compat.v1 as tf
+from tensorflow.python.ops import data_flow_ops
 import tf_slim as slim
 
 
 class DeviceError(Exception):
-  """Towers were asked for that this machine has no devices for."""
+  """This machine lacks a device or an instruction set that was asked for."""
 
 
 def tower_devices(num_clones=None, clone_on_cpu=False):
   """Chooses the device of each tower.
 
   Args:
-    num_clones: number of towers, 1 or more; None is one on every GPU, or one on
-      the CPU of a machine without a GPU.
-    clone_on_cpu: puts the towers on the CPU, each on a CPU device of its own.
+    num_clones: number of towers, 1 or more; None is one per GPU, or one on the CPU if there
+      is no GPU.
+    clone_on_cpu: True gives each tower a CPU device of its own.
 
   Returns:
-    List of device names like '/gpu:0'.
+    List of device names such as '/gpu:0'.
 
   Raises:
     DeviceError: there are fewer GPUs than towers.
@@ -39,46 +40,73 @@ def tower_devices(num_clones=None, clone_on_cpu=False):
   return [f'/gpu:{i}' for i in range(num_clones or len(gpus))]
 
 
+def on_gpus(devices):
+  """Returns whether the towers are on GPUs."""
+  return devices[0].startswith('/gpu')
+
+
 def variables_device(devices):
-  """Returns where the variables live: beside one tower, on the CPU for several."""
+  """Returns the device of the variables: that of a single tower, the CPU for several."""
   return devices[0] if len(devices) == 1 else '/cpu:0'
 
 
 def session_config(devices):
-  """Returns the tf.ConfigProto of a session that has the towers' devices."""
+  """Returns a tf.ConfigProto for sessions on the towers' devices, and on no other GPU.
+
+  GPU memory is allocated as needed: other programs may use the rest.
+  """
   num_cpus = max(1, sum(device.startswith('/cpu') for device in devices))
-  config = tf.ConfigProto(
-      # Towers are checked when they are chosen; this places what a GPU cannot
-      # do, like the input pipeline and the summaries.
-      allow_soft_placement=True,
-      device_count={'CPU': num_cpus})
-  if devices[0].startswith('/cpu'):
-    config.device_count['GPU'] = 0
+  # `tower_devices` has checked the devices; soft placement is for operations without a GPU
+  # kernel, such as summaries.
+  config = tf.ConfigProto(allow_soft_placement=True, device_count={'CPU': num_cpus})
   config.gpu_options.allow_growth = True
+  if on_gpus(devices):
+    config.gpu_options.visible_device_list = ','.join(
+        device.removeprefix('/gpu:') for device in devices)
+  else:
+    config.device_count['GPU'] = 0
   return config
 
 
 def start_threads(config, devices):
-  """Gives towers that fill all cores of the CPU one thread each.
+  """Gives each tower one thread if there are as many CPU towers as cores, or more.
 
-  By default every operation is shared by all cores, and waits for the last. The threads
-  belong to the process, whose first session decides: call this in front of it.
+  By default all cores share every operation and wait for the slowest. Thread pools are
+  created by the process's first session, so call this before creating one.
 
   Args:
     config: tf.ConfigProto of the session, changed in place.
     devices: device of each tower.
   """
-  if devices[0].startswith('/cpu') and len(devices) >= num_cores():
+  if not on_gpus(devices) and len(devices) >= num_cores():
     config.intra_op_parallelism_threads = 1
     tf.Session(config=config).close()
 
 
 def num_cores():
-  """Returns how many cores of the CPU this process may use."""
+  """Returns the number of CPU cores that this process may use."""
   try:
     return len(os.sched_getaffinity(0))
   except AttributeError:  # not on every system
     return os.cpu_count() or 1
+
+
+def explain_out_of_memory(error, devices, tower_batch_size):
+  """Returns a sentence that says which tower ran out of memory and what to do, or None.
+
+  Args:
+    error: tf.errors.OpError of a session.
+    devices: device of each tower.
+    tower_batch_size: images that a tower processes at a time.
+  """
+  if not isinstance(error, tf.errors.ResourceExhaustedError):
+    return None
+  device = tf.DeviceSpec.from_string(error.op.device if error.op else '')
+  name = f'/{device.device_type or "?"}:{device.device_index}'.lower()
+  tower = f'tower {devices.index(name)} ({name})' if name in devices else 'a tower'
+  float16 = '--precision float16, ' if on_gpus(devices) else ''
+  return (f'Out of memory: {tower} cannot process {tower_batch_size} images at a time. Use '
+          f'--accumulate_steps 2 or more, {float16}a smaller --batch_size or --image_size')
 
 
 def tower_scope(index):
@@ -87,29 +115,65 @@ def tower_scope(index):
 
 
 def first_tower_updates():
-  """Returns the ops that update the moving statistics from the first images of the batch.
+  """Returns the ops that update the moving statistics from the first tower's first part.
 
-  Every tower's, and every part's, would race for the same variables; the first
-  ones' are as good as any.
+  Those of all towers and parts would race for the same variables.
   """
   scopes = (f'{tower_scope(0)}/part_0/', f'{tower_scope(0)}/')
   updates = (tf.get_collection(tf.GraphKeys.UPDATE_OPS, scope) for scope in scopes)
   return next(filter(None, updates), [])
 
 
-def replicate(tower_fn, devices, *batch):
-  """Builds one tower a device, each on its equal part of the batch.
+def split_batch(devices, *batch):
+  """Splits a batch into equal parts on the CPU, so that each device receives its own part only.
 
   Args:
-    tower_fn: function of the parts of `batch`; its variables are created by
-      the first tower and shared by the others.
     devices: device names from `tower_devices`.
-    *batch: tensors whose first dimension divides by the number of devices.
+    *batch: tensors whose first dimension is divisible by the number of devices.
 
   Returns:
-    List of what tower_fn returned, one a tower.
+    List of tuples of tensors, one tuple per tower.
   """
-  parts = zip(*(tf.split(tensor, len(devices)) for tensor in batch))
+  with tf.device('/cpu:0'):
+    return list(zip(*(tf.split(tensor, len(devices)) for tensor in batch)))
+
+
+def prefetch(devices, parts):
+  """Copies each tower's part of the next batch to its device while the current one is used.
+
+  Args:
+    devices: device names from `tower_devices`.
+    parts: list of tuples of tensors from `split_batch`.
+
+  Returns:
+    The parts of the current batch, on the devices; the op that fetches the next batch. It must
+    run once before the first step, which `Scaffold.default_local_init_op` does, and then once in
+    every step.
+  """
+  current, fetch = [], []
+  for device, part in zip(devices, parts):
+    with tf.device(device):
+      area = data_flow_ops.StagingArea([tensor.dtype for tensor in part],
+                                       [tensor.shape for tensor in part])
+      fetch.append(area.put(part))
+      current.append(area.get())
+  fetch = tf.group(*fetch)
+  tf.add_to_collection(tf.GraphKeys.TABLE_INITIALIZERS, fetch)
+  return current, fetch
+
+
+def replicate(tower_fn, devices, parts):
+  """Builds one tower per device.
+
+  Args:
+    tower_fn: function of the tensors of a part; the first tower creates its variables, which
+      the others share.
+    devices: device names from `tower_devices`.
+    parts: list of tuples of tensors, one tuple per tower.
+
+  Returns:
+    List of the values of tower_fn, one per tower.
+  """
   outputs = []
   for i, (device, part) in enumerate(zip(devices, parts)):
     with tf.device(device), tf.name_scope(tower_scope(i)), \
@@ -121,16 +185,15 @@ def replicate(tower_fn, devices, *batch):
 
 
 def accumulate(tower_fn, num_parts):
-  """Returns a tower function that works on its images in equal parts, one after the other.
+  """Returns a tower function that processes its images in equal parts, one after another.
 
-  Only one part's activations are in memory at a time. What the parts return is
-  averaged, so that the result is tower_fn's on all images at once, but for
-  batch norm, which sees one part.
+  Only one part's activations are in memory at a time. The results are averaged over the
+  parts, so they equal those of tower_fn on all images, except that batch norm sees one part.
 
   Args:
-    tower_fn: function of tensors; returns scalars and, as the last, a list of
-      (gradient, variable) pairs.
-    num_parts: int; 1 is tower_fn as it is.
+    tower_fn: function of tensors that returns scalars followed by a list of (gradient,
+      variable) pairs.
+    num_parts: int; 1 returns tower_fn unchanged.
   """
   def accumulated(*batch):
     sums, gradient_sums = [], []
@@ -150,11 +213,11 @@ def accumulate(tower_fn, num_parts):
 
 
 def average_gradients(tower_gradients):
-  """Averages gradients over the towers: the one point where they synchronise.
+  """Averages gradients over the towers, which synchronize here and nowhere else.
 
   Args:
-    tower_gradients: a list a tower of (gradient, variable) pairs, as
-      `Optimizer.compute_gradients` returns them, in the same order.
+    tower_gradients: one list of (gradient, variable) pairs per tower, in the same order, as
+      `Optimizer.compute_gradients` returns them.
 
   Returns:
     List of (mean gradient, variable) pairs.

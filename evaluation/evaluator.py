@@ -145,8 +145,7 @@ class Evaluator:
     self._graph = tf.Graph()
     with self._graph.as_default(), slim.arg_scope(xception.xception_arg_scope()):
       # Each tower is fed separately: the last images need not divide evenly among them.
-      self._towers = towers.replicate(lambda _: _build_tower(config), devices,
-                                      tf.range(len(devices)))
+      self._towers = towers.replicate(lambda: _build_tower(config), devices, [()] * len(devices))
     self._session = tf.Session(graph=self._graph, config=towers.session_config(devices))
 
   def __call__(self, checkpoint, use_averages='auto', image_indices=(), num_mistakes=0):

@@ -27,6 +27,8 @@ MAX_NUMBERED_CLASSES = 30  # up to this many, cells of the confusion matrix show
 MAX_CURVES = 20  # of more classes, those with the smallest areas are shown
 MAX_NAMED_CLASSES = 120  # up to this many, its rows and columns show their names
 NUM_CONFUSIONS = 20  # pairs listed beside a confusion matrix without counts
+THUMBNAIL_SIZE = 128  # pixels of the longer side
+MAX_SHEET_ROWS = 100  # classes on a contact sheet
 RIGHT, WRONG = 'darkgreen', 'crimson'
 DPI = 100
 
@@ -129,6 +131,37 @@ def draw_predictions(result, indices, class_names, title):
       axis.text(0.5, -0.03, f'record {result.positions[index]}', fontsize=7, color='grey',
                 ha='center', va='top', transform=axis.transAxes)
     return _png(figure)
+
+
+def draw_contact_sheet(thumbnails, class_names):
+  """Draws a row of images for each class.
+
+  Args:
+    thumbnails: a list of uint8 [height, width, 3] for each of the first classes, up
+      to MAX_SHEET_ROWS lists; the sides are up to THUMBNAIL_SIZE pixels.
+    class_names: list of the names of all classes.
+
+  Returns:
+    Bytes of a PNG file.
+  """
+  rows, columns = len(thumbnails), max(1, *map(len, thumbnails))
+  cell = THUMBNAIL_SIZE + 8
+  # One array: thousands of axes would take minutes.
+  sheet = np.full([rows * cell, columns * cell, 3], 255, np.uint8)
+  for row, images in enumerate(thumbnails):
+    for column, image in enumerate(images):
+      height, width = image.shape[:2]
+      sheet[row * cell:, column * cell:][:height, :width] = image
+  with _drawable_names(class_names[:rows]) as names:
+    figure = Figure(figsize=(columns * cell / DPI, rows * cell / DPI))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.axis('off')
+    axis.imshow(sheet)
+    for row, name in enumerate(names):
+      axis.text(-8, (row + 0.5) * cell, name, ha='right', va='center')
+    if rows < len(class_names):
+      axis.set_title(f'The first {rows} of {len(class_names)} classes')
+    return _png(figure, bbox_inches='tight', pad_inches=0.2)
 
 
 def draw_curves(kind, result, values, class_names):

@@ -1,8 +1,7 @@
-"""Compares a model in whatever format with the checkpoint that it was made of.
+"""Compares written models of any format with the checkpoint that they came from.
 
-  images = frozen_comparison.find_images(None, 'flowers', image_size)
-  reference = frozen_comparison.measure(predict, images)
-  comparison = frozen_comparison.compare(models.load(path), images, reference)
+  images = comparison.find_images(None, 'flowers', image_size)
+  comparisons = comparison.verify(paths, images, predict, 'float32')
 """
 
 import collections
@@ -25,36 +24,36 @@ DATASET_DIR = 'dataset'
 MAX_IMAGES = 100
 BATCH_SIZE = 8
 TABLE_ROW = '{:<15} {:>12} {:>12} {:>8} {:>9}'
-MIN_AGREEMENT = 0.99  # share of the images whose most probable class must stay
+MIN_AGREEMENT = 0.99  # share of the images whose most probable class must be the same
 
 Images = collections.namedtuple('Images', [
     'encoded',  # list of bytes, JPEG or PNG files
     'preprocessed',  # float32 [n, image_size, image_size, 3] in [-1, 1], the same images
-    'description',  # what they are
+    'description',  # where they come from, for the user
 ])
 Measurement = collections.namedtuple('Measurement', [
     'probabilities',  # float32 [n, num_classes]
     'milliseconds',  # per image, in batches of BATCH_SIZE
 ])
 Comparison = collections.namedtuple('Comparison', [
-    'max_difference',  # of a probability
+    'max_difference',  # largest difference of a probability
     'agreement',  # share of the images whose most probable class is the same
     'milliseconds',  # per image, in batches of BATCH_SIZE
 ])
 
 
 class ComparisonError(Exception):
-  """A model does not compute what the checkpoint computes."""
+  """A model's probabilities are too far from the checkpoint's."""
 
 
 def find_images(dataset_dir, dataset_name, image_size):
   """Returns the Images to compare on.
 
   Args:
-    dataset_dir: folder of a dataset, whose validation images are taken; None is
-      DATASET_DIR or, if there is no dataset, random images.
+    dataset_dir: folder of a dataset, whose validation images are used; None is
+      DATASET_DIR, or random images if that holds no dataset.
     dataset_name: first part of its files' names.
-    image_size: the network's, in pixels.
+    image_size: size of the network's input in pixels.
 
   Raises:
     flowers.DatasetError: dataset_dir holds no dataset.
@@ -81,17 +80,17 @@ def _read_validation_images(dataset_dir, dataset_name):
     try:
       read(number)
     except tfrecords.RecordError:
-      continue  # one that evaluation passes over
+      continue  # Evaluation skips it too.
     example = tf.train.Example.FromString(dataset.records[number])
     encoded.append(example.features.feature['image/encoded'].bytes_list.value[0])
   if not encoded:
-    raise flowers.DatasetError(f'No validation image of {dataset_dir} can be used: '
+    raise flowers.DatasetError(f'No validation image of {dataset_dir} is usable: '
                                + flowers.describe_bad_record(dataset, 0))
   return encoded
 
 
 def _draw_random_images(image_size):
-  """Returns PNG files of coloured patches: single pixels of noise would all look the same."""
+  """Returns PNG files of coloured patches; the network could not tell images of noise apart."""
   random = np.random.default_rng(0)
   encoded = []
   for _ in range(MAX_IMAGES):
@@ -103,17 +102,17 @@ def _draw_random_images(image_size):
 
 
 def measure(predict, batch):
-  """Runs a model on images.
+  """Runs a model on images, in batches of BATCH_SIZE.
 
   Args:
-    predict: function of a part of `batch` that returns its probabilities.
-    batch: float32 [n, image_size, image_size, 3], or list of n encoded images.
+    predict: function of a slice of `batch` that returns its probabilities.
+    batch: float32 [n, image_size, image_size, 3], or a list of n encoded images.
 
   Returns:
     A Measurement.
   """
   probabilities, seconds = [], []
-  predict(batch[:BATCH_SIZE])  # builds what the first call builds
+  predict(batch[:BATCH_SIZE])  # The first call is slower: it sets the runtime up.
   for first in range(0, len(batch), BATCH_SIZE):
     part = batch[first:first + BATCH_SIZE]
     start = time.perf_counter()
@@ -123,7 +122,7 @@ def measure(predict, batch):
 
 
 def compare(model, images, reference):
-  """Compares a FrozenModel with the Measurement of a checkpoint; returns a Comparison."""
+  """Compares a FrozenModel with a checkpoint's Measurement; returns a Comparison."""
   found = measure(model.predict,
                   images.preprocessed if model.image_size else images.encoded)
   return Comparison(
@@ -134,7 +133,7 @@ def compare(model, images, reference):
 
 
 def is_close(comparison, bound):
-  """Whether no probability is further off than bound, and the classes agree; not if NaN."""
+  """Whether the probabilities are within `bound` and the classes agree; False for NaN."""
   return comparison.max_difference <= bound and comparison.agreement >= MIN_AGREEMENT
 
 
@@ -142,35 +141,35 @@ def verify(paths, images, predict, precision):
   """Compares written files with the checkpoint, and prints a table.
 
   Args:
-    paths: {format: path} of files beside their labels.txt.
-    images: Images.
-    predict: the checkpoint's, see `freeze.freeze`.
+    paths: {format: path} of the files; labels.txt is in the same folder.
+    images: Images to compare on.
+    predict: the checkpoint's function from `freeze.freeze`.
     precision: what the files compute in, one of models.PRECISIONS.
 
   Returns:
     {format: Comparison}.
 
   Raises:
-    ComparisonError: a file is further from the checkpoint than its format allows.
+    ComparisonError: a file differs from the checkpoint by more than its format
+      allows.
   """
   reference = measure(predict, images.preprocessed)
-  print(f'Compared on {images.description}; ms an image in batches of '
-        f'{BATCH_SIZE}')
+  print(f'Compared on {images.description}; ms per image in batches of {BATCH_SIZE}')
   print(TABLE_ROW.format('format', 'bytes', 'difference', 'top-1', 'ms'))
   print(TABLE_ROW.format('checkpoint', '', '', '', f'{reference.milliseconds:.1f}'), flush=True)
   comparisons, too_far = {}, []
   for name, path in paths.items():
-    comparison = compare(models.load(path), images, reference)
+    comparison = compare(models.load(path, use_gpu=False), images, reference)
     print(TABLE_ROW.format(
         name, f'{models.num_bytes(path):,}', f'{comparison.max_difference:.1e}',
         f'{comparison.agreement:.1%}', f'{comparison.milliseconds:.1f}'), flush=True)
     bound = (formats.BFLOAT16_BOUND if precision == 'bfloat16'
              else formats.FORMATS[name].bound)
     if not is_close(comparison, bound):
-      too_far.append(f'{name} (allowed: {bound:.0e}, '
-                     f'{MIN_AGREEMENT:.0%} of the classes)')
+      too_far.append(f'{name} (allowed: a difference of {bound:.0e}, the same class for '
+                     f'{MIN_AGREEMENT:.0%} of the images)')
     comparisons[name] = comparison
   if too_far:
-    raise ComparisonError('Nothing was written, because this does not compute what the checkpoint '
-                      'computes: ' + ', '.join(too_far))
+    raise ComparisonError('Nothing was written, because these formats differ too much from the '
+                          'checkpoint: ' + ', '.join(too_far))
   return comparisons

@@ -1,11 +1,12 @@
-"""Folds the batch norms of a frozen graph into the convolutions in front of them.
+"""Folds the batch norms of a frozen graph into the convolutions that feed them.
 
 At inference a batch norm multiplies each channel by one constant and adds another.
-A convolution can do both: its kernel takes the factor, and a bias the rest.
+The convolution before it can do both: the factor goes into its kernel, the rest
+into a bias.
 
-  graph_def = batch_norm_folding.fold(graph_def, 'output')
+  graph_def = folding.fold(graph_def, 'output')
 
-Numpy does the arithmetic, in float64; nothing is run.
+The arithmetic is done by NumPy in float64; no graph is run.
 """
 
 import collections
@@ -18,20 +19,20 @@ CONVOLUTION_OPS = ('Conv2D', 'DepthwiseConv2dNative')
 
 
 def fold(graph_def, output_name):
-  """Folds batch norms, drops Identity nodes, and sorts what the output needs.
+  """Folds batch norms, removes Identity nodes, and sorts the nodes that the output needs.
 
-  A norm stays as it is where it cannot be folded: in training mode, with
-  parameters that are no constants, or behind anything but a convolution (or a
-  convolution and its bias) that feeds nothing else.
+  A norm is left alone if it is in training mode, if one of its parameters is not
+  a constant, or if its input is not a convolution (with or without a bias) that
+  feeds nothing else.
 
   Args:
     graph_def: frozen tf.GraphDef without control inputs; it is not changed.
-    output_name: name of the node that is wanted.
+    output_name: name of the output node.
 
   Returns:
-    A tf.GraphDef that computes the same to float rounding: the nodes that the
-    output depends on, each behind its inputs. What a name of the old graph
-    stands for in the new one has the same value, kernels excepted.
+    A tf.GraphDef that computes the same up to float rounding. It has only the
+    nodes that the output depends on, each after its inputs. Apart from kernels,
+    a node of the old graph that is still there has the same value.
 
   Raises:
     ValueError: the graph has no such node, or a control input.
@@ -52,19 +53,19 @@ def fold(graph_def, output_name):
 
 
 def delay_biases(graph_def, output_name):
-  """Moves biases from in front of max pools and sums behind them; two of a sum become one.
+  """Moves biases past the max pools and sums that they feed; two biases of a sum become one.
 
   Under tf.function, TensorFlow 2.21's remapper fails on a convolution's BiasAdd
-  in front of a residual sum ("fanout ... exist for missing node"), and then
-  fuses nothing at all. OpenCV in turn adds a bias to a convolution only: this
-  is for graphs that TensorFlow runs.
+  that feeds a residual sum ("fanout ... exist for missing node"), and then fuses
+  nothing at all. OpenCV, on the other hand, accepts a bias only right after a
+  convolution, so use this only for graphs that TensorFlow runs.
 
   Args:
     graph_def: tf.GraphDef from `fold`; it is not changed.
-    output_name: name of the node that is wanted.
+    output_name: name of the output node.
 
   Returns:
-    A tf.GraphDef, as from `fold`.
+    A tf.GraphDef as from `fold`.
   """
   nodes = {node.name: tf.NodeDef.FromString(node.SerializeToString())
            for node in graph_def.node}
@@ -76,12 +77,12 @@ def delay_biases(graph_def, output_name):
 
 
 def num_norms(graph_def):
-  """Returns how many batch norms a graph has."""
+  """Returns the number of batch norms in a graph."""
   return sum(node.op in NORM_OPS for node in graph_def.node)
 
 
 def _without_identities(nodes, output_name):
-  """Connects the consumers of every Identity with the node that it repeats."""
+  """Connects the consumers of each Identity directly to its source."""
   def source(tensor):
     tensor = tensor.removesuffix(':0')
     while tensor in nodes and nodes[tensor].op == 'Identity':
@@ -108,7 +109,7 @@ def _count_uses(nodes):
 
 
 def _fold_norm(nodes, norm, num_uses):
-  """Replaces a norm by a bias under its name, and its convolution's kernel; or does nothing."""
+  """Replaces a norm by a BiasAdd of the same name and scales the kernel, if that is possible."""
   if norm.attr['is_training'].b:
     return
   parameters = [_constant(nodes, tensor) for tensor in norm.input[1:]]
@@ -147,7 +148,7 @@ def _delay_biases_of(nodes, node, num_uses):
       values.append(value)
       data_format = source.attr['data_format']
   if values:
-    # The biased result goes by the old name: whoever reads it need not change.
+    # The biased result keeps the old name, so its consumers need not change.
     name, node.name = node.name, f'{node.name}/unbiased'
     node.input[:] = tensors
     nodes[node.name] = node
@@ -155,7 +156,7 @@ def _delay_biases_of(nodes, node, num_uses):
 
 
 def _constant(nodes, tensor):
-  """Returns the value of a constant, None of anything else."""
+  """Returns the value of a constant node, None for any other."""
   node = nodes.get(tensor)
   return tf.make_ndarray(node.attr['value'].tensor) if node and node.op == 'Const' else None
 
@@ -181,7 +182,7 @@ def _graph_of(nodes, output_name, old_graph_def):
 
 
 def _sorted_nodes(nodes, output_name):
-  """Returns the nodes that the output depends on, each behind its inputs."""
+  """Returns the nodes that the output depends on, each after its inputs."""
   done = {}
   stack = [output_name]
   while stack:

@@ -1,6 +1,6 @@
 """Writes a frozen graph in the formats that other programs read.
 
-  graph_formats.FORMATS['onnx'].write(graph_def, 'frozen_model_xception.onnx')
+  formats.FORMATS['onnx'].write(graph_def, 'frozen_model_xception.onnx')
 """
 
 import collections
@@ -9,35 +9,46 @@ import logging
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
 
+from tensorflow.compat import v2 as tf2
 import tensorflow.compat.v1 as tf
+from tensorflow.python.eager import context
 
 from export import folding
-from export import models
+from export import runtimes
 import xception_preprocessing
 
-ONNX_OPSET = 18
+ONNX_OPSET, MIN_ONNX_OPSET = 18, 13
+ENCODED_SIGNATURE = 'encoded'  # takes encoded images; serving_default takes pixels
 
-# How far a format's probabilities may be from the checkpoint's.
+# Largest allowed difference between a format's probabilities and the checkpoint's.
 FLOAT32_BOUND, FLOAT16_BOUND, BFLOAT16_BOUND, INT8_BOUND = 1e-4, 1e-2, 2e-2, 5e-2
 
 Format = collections.namedtuple('Format', [
-    'suffix',  # takes the place of the .pb of --output_file
-    'bound',  # largest difference of a probability from the checkpoint's
-    'has_bfloat16',  # whether its operations come in bfloat16
-    'write',  # function of a tf.GraphDef with nodes `input` and `output`, and a path
+    'suffix',  # replaces the .pb of --output_file
+    'bound',  # largest allowed difference of a probability from the checkpoint's
+    'has_bfloat16',  # whether the format can hold bfloat16 operations
+    # Function of a tf.GraphDef with nodes `input` and `output`, a path and Settings.
+    'write',
 ])
 
 
+Settings = collections.namedtuple('Settings', [
+    'batch_size',  # of every format; None is any
+    'opset',  # of ONNX
+    'nchw',  # whether the input of ONNX is [n, 3, image_size, image_size]
+], defaults=[None, ONNX_OPSET, False])
+
+
 class FormatError(Exception):
-  """A format cannot be written; the message says what to install."""
+  """A format cannot be written by what is installed."""
 
 
 def to_bfloat16(graph_def):
-  """Lets a folded graph compute in bfloat16 from its input to the global average pool.
+  """Converts a folded graph to bfloat16, from its input to the global average pool.
 
-  The graph is half the size, and runs fast on CPUs that have AVX512_BF16 or AMX.
-  The average, the logits and the softmax stay float32, where 8 bits of mantissa
-  would show.
+  The graph shrinks to half its size and runs fast on CPUs with AVX512_BF16 or
+  AMX. The average, the logits and the softmax stay in float32, because there the
+  8 bits of a bfloat16 mantissa would be visible in the probabilities.
 
   Args:
     graph_def: tf.GraphDef from `folding.fold`; it is not changed.
@@ -46,7 +57,7 @@ def to_bfloat16(graph_def):
     A tf.GraphDef with the same input and output.
   """
   converted = tf.GraphDef(versions=graph_def.versions)
-  renamed = {}  # tensor of the old graph -> the same in the type that is wanted
+  renamed = {}  # name of a tensor -> name of its cast to the wanted type
 
   def add_cast(tensor, old_type, new_type):
     renamed[tensor] = f'{tensor}/{new_type.name}'
@@ -54,16 +65,16 @@ def to_bfloat16(graph_def):
         'SrcT': tf.AttrValue(type=old_type.as_datatype_enum),
         'DstT': tf.AttrValue(type=new_type.as_datatype_enum)})
 
-  is_behind_pool = False
+  is_past_pool = False
   for node in graph_def.node:
     if node.op == 'Mean':
-      is_behind_pool = True
+      is_past_pool = True
       add_cast(node.input[0], tf.bfloat16, tf.float32)
     tensors = [renamed.get(tensor, tensor) for tensor in node.input]
     node = converted.node.add(name=node.name, op=node.op, input=tensors, attr=node.attr)
     if node.op == 'Placeholder':
       add_cast(node.name, tf.float32, tf.bfloat16)
-    elif not is_behind_pool:
+    elif not is_past_pool:
       _set_bfloat16(node)
   return converted
 
@@ -78,90 +89,135 @@ def _set_bfloat16(node):
     node.attr['value'].tensor.CopyFrom(tf.make_tensor_proto(value))
 
 
-def require_packages(formats, verify):
-  """Looks for what writes the formats, and with `verify` runs them, before any work is done.
+def fix_batch_size(graph_def, batch_size):
+  """Returns a copy of a frozen graph whose input has a fixed batch size."""
+  fixed = tf.GraphDef.FromString(graph_def.SerializeToString())
+  node = next(node for node in fixed.node if node.name == runtimes.INPUT_NODE)
+  node.attr['shape'].shape.dim[0].size = batch_size
+  return fixed
+
+
+def require_packages(formats, verify, opset=ONNX_OPSET):
+  """Checks that what writes the formats is installed, before any work is done.
+
+  Args:
+    formats: names of formats.
+    verify: whether the files will also be run, which needs more packages.
+    opset: of ONNX.
 
   Raises:
-    FormatError: it is not installed.
+    FormatError: a package is missing, or cannot write this opset.
   """
-  wanted = ['tf2onnx'] + ['onnxruntime'] * verify if 'onnx' in formats else []
-  for package in wanted:
+  packages = ['tf2onnx'] + ['onnxruntime'] * verify if 'onnx' in formats else []
+  for package in packages:
     try:
       importlib.import_module(package)
     except ImportError as error:
       raise FormatError(f'--formats onnx needs {package}: pip install '
-                        f'{" ".join(wanted)} ({error})') from error
+                        f'{" ".join(packages)} ({error})') from error
+  if packages:
+    newest = importlib.import_module('tf2onnx.constants').OPSET_TO_IR_VERSION
+    if not MIN_ONNX_OPSET <= opset <= max(newest):
+      raise FormatError(f'--opset must be {MIN_ONNX_OPSET} to {max(newest)}, got {opset}')
 
 
-def _write_pb(graph_def, path):
+def _write_pb(graph_def, path, settings):
+  del settings
   with open(path, 'wb') as f:
     f.write(graph_def.SerializeToString(deterministic=True))
 
 
-def _write_saved_model(graph_def, path):
-  """Writes one network with two signatures: images, or encoded images, to probabilities."""
-  # TensorFlow alone reads it, in TensorFlow 2 as a tf.function.
-  graph_def = folding.delay_biases(graph_def, models.OUTPUT_NODE)
-  with tf.Graph().as_default(), tf.Session() as session:
-    encoded, preprocessed = _encoded_images(_image_size(graph_def), 'encoded')
-    # Whoever feeds images cuts off what would have computed them.
-    images = tf.placeholder_with_default(preprocessed, [None, *preprocessed.shape[1:]],
-                                         name=models.IMAGES)
-    probabilities = _import(graph_def, images)
-    builder = tf.saved_model.Builder(path)
-    builder.add_meta_graph_and_variables(
-        session, [tf.saved_model.tag_constants.SERVING], signature_def_map={
-            tf.saved_model.signature_constants.DEFAULT_SERVING_SIGNATURE_DEF_KEY:
-                _signature(models.IMAGES, images, probabilities),
-            models.ENCODED_SIGNATURE:
-                _signature(models.ENCODED, encoded, probabilities)})
-    builder.save()
+def _write_saved_model(graph_def, path, settings):
+  """Writes one network with two signatures: probabilities of images, and of encoded images.
+
+  Each signature is a function of its own, so that converters of serving_default
+  meet no decoder. TFLite's converter takes serving_default, and not all
+  signatures, if there is a function called `serve`.
+  """
+  del settings
+  # TensorFlow runs this as a tf.function.
+  graph_def = folding.delay_biases(graph_def, runtimes.OUTPUT_NODE)
+  shape = _input_shape(graph_def)
+
+  def serve(images):
+    return {runtimes.PROBABILITIES: _import(graph_def, images)}
+
+  def serve_encoded(encoded):
+    return module.serve(_decode_and_preprocess(encoded, shape[1]))
+
+  with context.eager_mode():
+    module = tf2.Module()
+    module.serve = tf2.function(serve, autograph=False, input_signature=[
+        tf2.TensorSpec(shape, tf.float32, runtimes.IMAGES)])
+    module.serve_encoded = tf2.function(serve_encoded, autograph=False, input_signature=[
+        tf2.TensorSpec(shape[:1], tf.string, runtimes.ENCODED)])
+    tf2.saved_model.save(module, path, {
+        tf2.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: module.serve,
+        ENCODED_SIGNATURE: module.serve_encoded})
 
 
-def _signature(input_name, tensor, probabilities):
-  return tf.saved_model.build_signature_def(
-      {input_name: tf.saved_model.build_tensor_info(tensor)},
-      {models.PROBABILITIES: tf.saved_model.build_tensor_info(probabilities)},
-      tf.saved_model.signature_constants.PREDICT_METHOD_NAME)
-
-
-def _write_jpeg_pb(graph_def, path):
-  """Writes a graph whose `input` is string [None], JPEG or PNG files' bytes."""
+def _write_jpeg_pb(graph_def, path, settings):
+  """Writes a graph whose `input`, string [n], takes the bytes of JPEG or PNG files."""
+  batch_size, image_size = _input_shape(graph_def)[:2]
   with tf.Graph().as_default() as graph:
-    _, images = _encoded_images(_image_size(graph_def), models.INPUT_NODE)
-    tf.identity(_import(graph_def, images), name=models.OUTPUT_NODE)
+    encoded = tf.placeholder(tf.string, [batch_size], name=runtimes.INPUT_NODE)
+    probabilities = _import(graph_def, _decode_and_preprocess(encoded, image_size))
+    tf.identity(probabilities, name=runtimes.OUTPUT_NODE)
   _write_pb(tf.graph_util.extract_sub_graph(
-      graph.as_graph_def(), [models.OUTPUT_NODE]), path)
+      graph.as_graph_def(), [runtimes.OUTPUT_NODE]), path, settings)
 
 
-def _encoded_images(image_size, name):
-  """Returns a placeholder of encoded images, string [None], and the images as evaluated."""
-  encoded = tf.placeholder(tf.string, [None], name=name)
-  return encoded, tf.map_fn(
+@tf.autograph.experimental.do_not_convert  # see flowers.load_numbered_batch
+def _decode_and_preprocess(encoded, image_size):
+  """Turns encoded images, string [n], into float32 [n, image_size, image_size, 3] in [-1, 1]."""
+  images = tf.map_fn(
       lambda content: xception_preprocessing.preprocess_for_eval(
-          xception_preprocessing.decode(content), image_size, image_size),
+          decode_on_white(content), image_size, image_size),
       encoded, dtype=tf.float32)
+  # Without this, a fixed batch size would be lost.
+  return tf.ensure_shape(images, encoded.shape.concatenate([image_size, image_size, 3]))
 
 
-def _image_size(graph_def):
-  node = next(node for node in graph_def.node if node.name == models.INPUT_NODE)
-  return node.attr['shape'].shape.dim[1].size
+def decode_on_white(encoded):
+  """Decodes a JPEG or PNG file as create_tfrecords.py converts it: transparency becomes white.
+
+  An EXIF orientation is ignored, since TensorFlow has no operation that reads it.
+
+  Args:
+    encoded: string [], bytes of the file.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  def blend():
+    pixels = tf.cast(tf.image.decode_png(encoded, channels=4), tf.int32)
+    color, alpha = pixels[..., :3], pixels[..., 3:]
+    return tf.cast((color * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
+
+  is_png = tf.equal(tf.strings.substr(encoded, 1, 3), 'PNG')
+  return tf.cond(is_png, blend, lambda: xception_preprocessing.decode(encoded))
+
+
+def _input_shape(graph_def):
+  node = next(node for node in graph_def.node if node.name == runtimes.INPUT_NODE)
+  return tf.TensorShape(node.attr['shape'].shape).as_list()
 
 
 def _import(graph_def, images):
-  """Adds a frozen graph to the default one; returns its output."""
+  """Imports a frozen graph into the default graph; returns its output."""
   output, = tf.import_graph_def(
-      graph_def, {f'{models.INPUT_NODE}:0': images},
-      [f'{models.OUTPUT_NODE}:0'], name='network')
+      graph_def, {f'{runtimes.INPUT_NODE}:0': images},
+      [f'{runtimes.OUTPUT_NODE}:0'], name='network')
   return output
 
 
 def _tflite_writer(optimizations=(), supported_types=()):
-  """Returns a function that writes TFLite with the converter's settings."""
-  def write(graph_def, path):
+  """Returns a function that writes TFLite with these settings of the converter."""
+  def write(graph_def, path, settings):
+    del settings
     with tf.Graph().as_default(), tf.Session() as session:
       images, output = tf.import_graph_def(graph_def, return_elements=[
-          f'{models.INPUT_NODE}:0', f'{models.OUTPUT_NODE}:0'], name='')
+          f'{runtimes.INPUT_NODE}:0', f'{runtimes.OUTPUT_NODE}:0'], name='')
       converter = tf.lite.TFLiteConverter.from_session(session, [images], [output])
       converter.optimizations = list(optimizations)
       converter.target_spec.supported_types = list(supported_types)
@@ -171,21 +227,23 @@ def _tflite_writer(optimizations=(), supported_types=()):
   return write
 
 
-def _write_onnx(graph_def, path):
+def _write_onnx(graph_def, path, settings):
   tf2onnx = importlib.import_module('tf2onnx')
   logging.getLogger('tf2onnx').setLevel(logging.WARNING)
   model, _ = tf2onnx.convert.from_graph_def(
-      graph_def, input_names=[f'{models.INPUT_NODE}:0'],
-      output_names=[f'{models.OUTPUT_NODE}:0'], opset=ONNX_OPSET)
+      graph_def, input_names=[f'{runtimes.INPUT_NODE}:0'],
+      output_names=[f'{runtimes.OUTPUT_NODE}:0'], opset=settings.opset,
+      inputs_as_nchw=[f'{runtimes.INPUT_NODE}:0'] if settings.nchw else None)
   graph = model.graph
-  # ONNX has no ":0", and shows the unknown batch size as unk__678.
+  # tf2onnx keeps TensorFlow's ":0" and calls the unknown batch size unk__678.
   names = {value.name: value.name.removesuffix(':0') for value in (*graph.input, *graph.output)}
   for node in graph.node:
     node.input[:] = [names.get(name, name) for name in node.input]
     node.output[:] = [names.get(name, name) for name in node.output]
   for value in (*graph.input, *graph.output):
     value.name = names[value.name]
-    value.type.tensor_type.shape.dim[0].dim_param = 'batch_size'
+    if not value.type.tensor_type.shape.dim[0].dim_value:
+      value.type.tensor_type.shape.dim[0].dim_param = 'batch_size'
   with open(path, 'wb') as f:
     f.write(model.SerializeToString())
 
@@ -196,7 +254,7 @@ FORMATS = {
     'tflite': Format('.tflite', FLOAT32_BOUND, False, _tflite_writer()),
     'tflite_float16': Format('_float16.tflite', FLOAT16_BOUND, False, _tflite_writer(
         [tf.lite.Optimize.DEFAULT], [tf.float16])),
-    # Weights in 8 bits, arithmetic in float where that is more exact ("dynamic range").
+    # Dynamic range: 8-bit weights, float activations in the file.
     'tflite_int8': Format('_int8.tflite', INT8_BOUND, False, _tflite_writer(
         [tf.lite.Optimize.DEFAULT])),
     'onnx': Format('.onnx', FLOAT32_BOUND, False, _write_onnx),

@@ -20,6 +20,7 @@ from export import comparison
 from export import folding
 from export import formats
 from export import models
+from export import runtimes
 from records import flowers
 import xception
 import xception_preprocessing
@@ -54,14 +55,18 @@ def freeze(checkpoint, config, use_averages='auto'):
   Raises:
     checkpoints.CheckpointError: the checkpoint cannot be restored.
   """
-  session = tf.Session(graph=tf.Graph())
+  # A GPU's TF32 would be further from the written files than their bounds allow.
+  session = tf.Session(graph=tf.Graph(), config=runtimes.session_config(use_gpu=False))
   with session.graph.as_default():
     images = tf.placeholder(tf.float32, [None, config.image_size, config.image_size, 3],
                             name=models.INPUT_NODE)
     with slim.arg_scope(xception.xception_arg_scope()):
       _, end_points = xception.xception(
           images, config.num_classes, is_training=False,
-          depth_multiplier=config.depth_multiplier)
+          depth_multiplier=config.depth_multiplier,
+          # slim.softmax reshapes by tf.shape, an operation that OpenCV's TFLite reader and
+          # GPU delegates lack.
+          prediction_fn=lambda logits, scope: tf.nn.softmax(logits, name=scope))
     output = tf.identity(end_points['Predictions'], name=models.OUTPUT_NODE)
     try:
       saver, is_averaged = checkpoints.inference_saver(checkpoint, use_averages)
@@ -113,14 +118,14 @@ def labels_text(class_names):
   return ''.join(f'{label}:{name}\n' for label, name in enumerate(class_names))
 
 
-def write_drafts(graph_def, class_names, paths, folder):
+def write_drafts(graph_def, class_names, paths, folder, settings=formats.Settings()):
   """Writes every format and labels.txt into a folder; returns {format: path there}."""
   with open(os.path.join(folder, flowers.LABELS_FILE), 'w', encoding='utf-8') as f:
     f.write(labels_text(class_names))
   drafts = {}
   for name, path in paths.items():
     drafts[name] = os.path.join(folder, os.path.basename(path))
-    formats.FORMATS[name].write(graph_def, drafts[name])
+    formats.FORMATS[name].write(graph_def, drafts[name], settings)
   return drafts
 
 
@@ -214,7 +219,7 @@ def _replace(source, target):
 
 
 def write_models(checkpoint, config, paths, images=None, use_averages='auto', fold=True,
-                 precision='float32'):
+                 precision='float32', settings=formats.Settings()):
   """Freezes a checkpoint and writes it in several formats, with labels.txt and model.json.
 
   No file gets its final name before all have been compared with the checkpoint.
@@ -227,6 +232,7 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
     use_averages: see `freeze`.
     fold: whether to fold batch norms into the convolutions.
     precision: one of models.PRECISIONS.
+    settings: formats.Settings.
 
   Returns:
     Whether the weights are Polyak averages.
@@ -241,8 +247,10 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
     graph_def = folding.fold(graph_def, models.OUTPUT_NODE)
   if precision == 'bfloat16':
     graph_def = formats.to_bfloat16(graph_def)
+  if settings.batch_size:
+    graph_def = formats.fix_batch_size(graph_def, settings.batch_size)
   with tempfile.TemporaryDirectory(prefix='write_pb.', suffix='.tmp', dir=folder) as temporary:
-    drafts = write_drafts(graph_def, config.class_names, paths, temporary)
+    drafts = write_drafts(graph_def, config.class_names, paths, temporary, settings)
     comparisons = comparison.verify(drafts, images, predict, precision) if images else {}
     origin = _describe_origin(checkpoint, config, is_averaged, fold, precision, paths)
     description = {

@@ -1,47 +1,37 @@
-"""Loads a model that write_pb.py wrote, in any of its formats, and runs it on images.
+"""Loads a classifier of any format, such as write_pb.py writes, and runs it on images.
 
-  model = frozen_models.load('frozen_model_xception.tflite')
+  model = models.load('frozen_model_xception.tflite')
   probabilities = model.predict(images)
 
-Every format is run by its own runtime: .pb and SavedModel by TensorFlow, .tflite
-by LiteRT (`pip install ai-edge-litert`; TensorFlow's own interpreter without it),
-.onnx by ONNX Runtime (`pip install onnxruntime`).
-
-A .pb or a SavedModel is a program: load only files that you or someone you trust
-made.
+A .pb or a SavedModel is a program: load only files made by you or by someone you
+trust.
 """
 
 import dataclasses
-import importlib
 import json
 import os
 import typing
-import warnings
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
 
-from google.protobuf import message
+import numpy as np
 import tensorflow.compat.v1 as tf
-from tensorflow.core.protobuf import rewriter_config_pb2
 
 from common import files
+from export import runtimes
 from records import flowers
 import xception_preprocessing
 
-# Names of nodes, or of their ONNX and SavedModel counterparts.
-INPUT_NODE = 'input'
-OUTPUT_NODE = 'output'
-IMAGES, ENCODED, PROBABILITIES = 'images', 'encoded', 'probabilities'
-ENCODED_SIGNATURE = 'encoded'  # beside serving_default, which takes images
+ModelError = runtimes.ModelError
+INPUT_NODE, OUTPUT_NODE = runtimes.INPUT_NODE, runtimes.OUTPUT_NODE
 
-MODEL_FILE = 'model.json'  # what write_pb.py says of the files beside it
-TFLITE_IDENTIFIER = b'TFL3'  # bytes 4 to 8 of every file
+MODEL_FILE = 'model.json'  # describes the models in its folder
+SAVED_MODEL_FILE = 'saved_model.pb'  # in the folder of a SavedModel
 
 PRECISIONS = ('float32', 'bfloat16')
 
-
-class ModelError(Exception):
-  """A model cannot be loaded; the message says why, and what to do."""
+# Rows of 8-bit probabilities sum to 1 only roughly; logits do not at all.
+MAX_SUM_ERROR = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +39,11 @@ class FrozenModel:
   """A model that is ready to run.
 
   Attributes:
-    class_names: names of the classes, from labels.txt beside the model.
-    image_size: height and width of its images; None if it takes encoded ones.
-    description: what model.json beside it says; no files without one.
+    class_names: names of the classes.
+    image_size: height and width of its images in pixels; None if it takes
+      encoded images.
+    description: what the model.json in its folder says of this file; empty if it
+      says nothing.
   """
   class_names: list[str]
   image_size: int | None
@@ -59,78 +51,79 @@ class FrozenModel:
   _run: typing.Callable
 
   def predict(self, batch):
-    """Returns the probabilities of a batch, float32 [n, num_classes].
+    """Classifies a batch.
 
     Args:
-      batch: float32 [n, image_size, image_size, 3] in [-1, 1], n of 1 or more;
-        a list of n JPEG or PNG files' bytes if image_size is None.
+      batch: float32 [n, image_size, image_size, 3] in [-1, 1] with n >= 1; if
+        image_size is None, a list of the bytes of n JPEG or PNG files.
+
+    Returns:
+      The probabilities, float32 [n, num_classes].
+
+    Raises:
+      ModelError: the model does not run, or returns no probabilities.
     """
     if not len(batch):
-      raise ValueError('predict() needs one image or more, got an empty batch')
+      raise ValueError('predict() needs at least one image, got an empty batch')
     return self._run(batch)
 
 
 class Preprocessor:
-  """Turns an encoded image into a network's input, exactly as evaluation does."""
+  """Turns an encoded image into the network's input, exactly as evaluation does."""
 
   def __init__(self, image_size):
     with tf.Graph().as_default():
       self._encoded = tf.placeholder(tf.string, [])
-      # Cut before it is converted to float, not after, which gives the same
-      # pixels in a third less memory: a large image takes a gigabyte.
+      # Cropping before the conversion to float gives the same pixels in a third
+      # less memory; a large image takes a gigabyte.
       crop = tf.image.central_crop(xception_preprocessing.decode(self._encoded),
                                    xception_preprocessing.CENTRAL_FRACTION)
       self._image = xception_preprocessing.preprocess_for_eval(
           crop, image_size, image_size, central_fraction=None)
-      self._session = tf.Session(config=tf.ConfigProto(device_count={'GPU': 0}))
+      self._session = tf.Session(config=runtimes.session_config(use_gpu=False))
 
   def __call__(self, encoded):
-    """Returns float32 [image_size, image_size, 3] in [-1, 1] for a JPEG or PNG file's bytes."""
+    """Returns float32 [image_size, image_size, 3] in [-1, 1].
+
+    Args:
+      encoded: bytes of a JPEG or PNG file.
+    """
     return self._session.run(self._image, {self._encoded: encoded})
 
 
-def load(path, precision='float32'):
-  """Loads a model; its name's ending tells the format.
+def load(path, precision='float32', use_gpu=True):
+  """Loads a model.
 
   Args:
-    path: .tflite, .onnx, the folder of a SavedModel, or anything else, which is
-      taken for a frozen graph.
-    precision: 'bfloat16' lets TensorFlow compute a float32 graph in bfloat16.
+    path: a .tflite file, an .onnx file, a SavedModel (its folder or its
+      saved_model.pb), or a frozen graph under any other name.
+    precision: 'bfloat16' makes TensorFlow run a float32 graph in bfloat16.
+    use_gpu: False makes TensorFlow run it on the CPU; other runtimes always do.
 
   Returns:
     A FrozenModel.
 
   Raises:
-    ModelError: the file is missing, damaged, or not the one that model.json
-      describes, its runtime is not installed, its format has no such precision,
-      or labels.txt does not fit.
+    ModelError: the file is missing, damaged or not the one that model.json
+      describes; its runtime is not installed or cannot run it; it is no
+      classifier of square RGB images; or its classes are unknown.
   """
+  if os.path.basename(path) == SAVED_MODEL_FILE:
+    path = os.path.dirname(os.path.abspath(path))
   if not os.path.exists(path):
     raise ModelError(f'There is no model {path}: write_pb.py writes one')
-  if os.path.isdir(path):
-    load_format = _load_saved_model
-  else:
-    load_format = {'.tflite': _load_tflite, '.onnx': _load_onnx}.get(
-        os.path.splitext(path)[1].lower(), _load_pb)
-  if precision != 'float32' and load_format in (_load_tflite, _load_onnx):
-    raise ModelError(f'{path}: only .pb and SavedModel compute in {precision}')
-  description = _read_description(path)
-  _check_sums(path, description)
-  image_size, num_classes, run = load_format(path, precision)
-
-  labels_file = os.path.join(os.path.dirname(os.path.abspath(path)), flowers.LABELS_FILE)
-  try:
-    class_names = flowers.read_labels_file(labels_file)
-  except flowers.DatasetError as error:
-    raise ModelError(f'{path} needs the labels.txt that was written beside it: {error}') from error
-  if len(class_names) != num_classes:
-    raise ModelError(f'{labels_file} names {len(class_names)} classes, but {path} '
-                     f'has {num_classes}')
-  return FrozenModel(class_names, image_size, description, run)
+  content = _read_model_file(path)
+  _check_sums(path, content['files'])
+  description = _description(path, content)
+  network = runtimes.open_network(path, precision, use_gpu)
+  image_size, is_channels_first = _input_layout(path, network.input, description)
+  class_names = _class_names(path, description, _num_classes(path, network.output))
+  return FrozenModel(class_names, image_size, description, _runner(
+      path, network, is_channels_first, len(class_names)))
 
 
 def files_below(path):
-  """Returns the files of a SavedModel's folder, sorted, or the file itself."""
+  """Returns the sorted files of a SavedModel's folder, or the one file of another format."""
   if not os.path.isdir(path):
     return [path]
   return sorted(os.path.join(folder, name)
@@ -138,128 +131,145 @@ def files_below(path):
 
 
 def num_bytes(path):
-  """Returns the size of a model in bytes, of all its files."""
+  """Returns the total size of a model's files in bytes."""
   return sum(os.path.getsize(file) for file in files_below(path))
 
 
-def _read_description(path):
-  """Returns what model.json beside a model says; without one, that there are no files."""
+def _read_model_file(path):
+  """Returns the content of the model.json in a model's folder, or {'files': []} without one."""
   try:
     with open(os.path.join(os.path.dirname(os.path.abspath(path)), MODEL_FILE),
               encoding='utf-8') as f:
-      description = json.load(f)
-    if not isinstance(description, dict):
-      raise ValueError(f'it must hold an object, not {description!r}')
-    return description
+      content = json.load(f)
+    if not all(isinstance(file, dict) for file in content['files']):
+      raise ValueError(f'expected a list of objects as files, got {content["files"]!r}')
+    return content
   except FileNotFoundError:
     return {'files': []}
-  except (OSError, ValueError) as error:
-    raise ModelError(f'{MODEL_FILE} beside {path} cannot be read: {error}') from error
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ModelError(f'Cannot read the {MODEL_FILE} of {path}: {error!r}') from error
 
 
-def _check_sums(path, description):
-  """Compares a model with the sums in model.json: LiteRT crashes on a file cut short."""
-  path = os.path.abspath(path)
-  folder = os.path.dirname(path)
-  try:
-    sums = {file['file']: file['sha256'] for file in description['files']}
-  except (KeyError, TypeError) as error:
-    raise ModelError(f'{MODEL_FILE} beside {path} cannot be read: {error!r}') from error
-  for file in files_below(path):
+def _check_sums(path, entries):
+  """Compares a model's files with their SHA-256 in model.json."""
+  folder = os.path.dirname(os.path.abspath(path))
+  sums = {entry.get('file'): entry.get('sha256') for entry in entries}
+  for file in files_below(os.path.abspath(path)):
     name = os.path.relpath(file, folder)
-    if name in sums and sums[name] != files.sha256(file):
-      raise ModelError(f'{file} is damaged, or not the file that {MODEL_FILE} beside it '
+    if sums.get(name) not in (None, files.sha256(file)):
+      raise ModelError(f'{file} is damaged or is not the file that its {MODEL_FILE} '
                        'describes: write it again with write_pb.py')
 
 
-def _load_pb(path, precision):
-  graph_def = tf.GraphDef()
-  session = _session(precision)
-  try:
-    with open(path, 'rb') as f:
-      graph_def.ParseFromString(f.read())
-    with session.graph.as_default():
-      tf.import_graph_def(graph_def, name='')
-    images = session.graph.get_tensor_by_name(f'{INPUT_NODE}:0')
-    output = session.graph.get_tensor_by_name(f'{OUTPUT_NODE}:0')
-  except (message.DecodeError, ValueError, KeyError, OSError) as error:
-    raise ModelError(f'{path} is no frozen graph of write_pb.py: {error}') from error
-  return *_sizes(images, output), _runner(session, images, output)
+def _description(path, content):
+  """Returns what model.json says of one model; its entry comes before what all have in common."""
+  folder = os.path.dirname(os.path.abspath(path))
+  names = {os.path.relpath(file, folder) for file in files_below(os.path.abspath(path))}
+  common = {key: value for key, value in content.items() if key != 'files'}
+  for entry in content['files']:
+    if entry.get('file') in names:
+      return {**common, **entry}
+  return common
 
 
-def _load_saved_model(path, precision):
-  session = _session(precision)
-  try:
-    with session.graph.as_default():
-      signatures = tf.saved_model.load(
-          session, [tf.saved_model.tag_constants.SERVING], path).signature_def
-    signature = signatures[tf.saved_model.signature_constants.DEFAULT_SERVING_SIGNATURE_DEF_KEY]
-    images = session.graph.get_tensor_by_name(signature.inputs[IMAGES].name)
-    output = session.graph.get_tensor_by_name(signature.outputs[PROBABILITIES].name)
-  except (OSError, RuntimeError, ValueError, KeyError, tf.errors.OpError) as error:
-    raise ModelError(f'{path} is no SavedModel of write_pb.py: {error}') from error
-  return *_sizes(images, output), _runner(session, images, output)
+def _input_layout(path, port, description):
+  """Returns the image size, None for encoded images, and whether channels come first."""
+  if port.dtype == object:
+    return None, False
+  shape = port.shape or [None] * 4
+  expected = f'{path}: its input {port.name} has the shape {shape}'
+  if len(shape) != 4:
+    raise ModelError(f'{expected}, expected [n, size, size, 3] or [n, 3, size, size]')
+  is_channels_first = shape[1] == 3 and shape[3] != 3
+  channels, (height, width) = ((shape[1], shape[2:]) if is_channels_first else
+                               (shape[3], shape[1:3]))
+  if channels not in (None, 3) or height != width:
+    raise ModelError(f'{expected}, expected square images of 3 channels')
+  image_size = height or description.get('image_size')
+  if not image_size:
+    raise ModelError(f'{expected}, which leaves the image size open: write {{"image_size": 299, '
+                     f'"files": []}} with its size into a {MODEL_FILE} in its folder')
+  return image_size, is_channels_first
 
 
-def _session(precision):
-  config = tf.ConfigProto()
-  if precision == 'bfloat16':
-    config.graph_options.rewrite_options.auto_mixed_precision_onednn_bfloat16 = (
-        rewriter_config_pb2.RewriterConfig.ON)
-  return tf.Session(graph=tf.Graph(), config=config)
+def _num_classes(path, port):
+  """Returns the number of classes, None if the file does not tell."""
+  shape = port.shape or [None, None]
+  sizes = [size for size in shape[1:] if size != 1]  # such as [n, 1, 1, num_classes]
+  if len(sizes) != 1:
+    raise ModelError(f'{path}: its output {port.name} has the shape {shape}, expected '
+                     '[n, num_classes]')
+  return sizes[0]
 
 
-def _sizes(images, output):
-  image_size = None if images.dtype == tf.string else images.shape.as_list()[1]
-  return image_size, output.shape.as_list()[-1]
+def _class_names(path, description, num_classes):
+  """Returns the names in labels.txt in the model's folder, or else those in model.json."""
+  labels_file = os.path.join(os.path.dirname(os.path.abspath(path)), flowers.LABELS_FILE)
+  class_names = description.get('class_names')
+  if os.path.exists(labels_file) or not class_names:
+    try:
+      class_names = flowers.read_labels_file(labels_file)
+    except flowers.DatasetError as error:
+      raise ModelError(f'{path} has {num_classes or "unnamed"} classes, and no {labels_file} '
+                       f'that names them: {error}') from error
+  if num_classes not in (None, len(class_names)):
+    raise ModelError(f'{labels_file} names {len(class_names)} classes, but {path} has '
+                     f'{num_classes}')
+  return class_names
 
 
-def _runner(session, images, output):
-  return lambda batch: session.run(output, {images: batch})
+def _runner(path, network, is_channels_first, num_classes):
+  """Returns a function from a batch of any size to probabilities."""
+  batch_size = network.input.shape[0] if network.input.shape else None
 
-
-def _load_tflite(path, precision):
-  del precision  # float32, or what the file says
-  with open(path, 'rb') as f:
-    if f.read(8)[4:] != TFLITE_IDENTIFIER:
-      raise ModelError(f'{path} is no TFLite model')
-  try:
-    interpreter = _tflite_interpreter_class()(model_path=path, num_threads=os.cpu_count())
-  except (ValueError, RuntimeError) as error:
-    raise ModelError(f'{path} is no TFLite model: {error}') from error
-  images, output = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
+  def run_part(part):
+    padding = np.repeat(part[-1:], batch_size - len(part), axis=0) if batch_size else part[:0]
+    try:
+      output = network.run(np.concatenate([part, padding]))
+    except Exception as error:  # pylint: disable=broad-except
+      # Each runtime has exceptions of its own.
+      raise ModelError(f'{path} does not run: {str(error).strip().splitlines()[0]}') from error
+    return output[:len(part)]
 
   def run(batch):
-    interpreter.resize_tensor_input(images['index'], batch.shape)
-    interpreter.allocate_tensors()
-    interpreter.set_tensor(images['index'], batch)
-    interpreter.invoke()
-    return interpreter.get_tensor(output['index'])
+    batch = _to_input(path, network.input, batch, is_channels_first)
+    step = batch_size or len(batch)
+    output = np.concatenate([run_part(batch[first:first + step])
+                             for first in range(0, len(batch), step)])
+    return _to_probabilities(path, network.output, output, num_classes)
 
-  return int(images['shape'][1]), int(output['shape'][-1]), run
-
-
-def _tflite_interpreter_class():
-  try:
-    return importlib.import_module('ai_edge_litert.interpreter').Interpreter
-  except ImportError:
-    if not hasattr(tf, 'lite') or not hasattr(tf.lite, 'Interpreter'):
-      raise ModelError('A .tflite model needs LiteRT: pip install ai-edge-litert') from None
-    warnings.filterwarnings('ignore', '.*tf.lite.Interpreter is deprecated', UserWarning)
-    return tf.lite.Interpreter
+  return run
 
 
-def _load_onnx(path, precision):
-  del precision  # float32, or what the file says
-  try:
-    onnxruntime = importlib.import_module('onnxruntime')
-  except ImportError as error:
-    raise ModelError('An .onnx model needs ONNX Runtime: pip install onnxruntime') from error
-  try:
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-  except Exception as error:  # pylint: disable=broad-except
-    # ONNX Runtime has a dozen exceptions, one for each of its status codes.
-    raise ModelError(f'{path} is no ONNX model: {error}') from error
-  images, output = session.get_inputs()[0], session.get_outputs()[0]
-  return images.shape[1], output.shape[-1], (
-      lambda batch: session.run([output.name], {images.name: batch})[0])
+def _to_input(path, port, batch, is_channels_first):
+  """Converts a batch to the layout and the type that a network takes."""
+  batch = np.asarray(batch, None if port.dtype != object else object)
+  if is_channels_first:
+    batch = np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
+  if port.dtype.kind in 'iu':
+    _require_scale(path, port)
+    limits = np.iinfo(port.dtype)
+    batch = np.clip(np.round(batch / port.scale) + port.zero_point, limits.min, limits.max)
+  return batch.astype(port.dtype)
+
+
+def _to_probabilities(path, port, output, num_classes):
+  """Converts a network's output to float32 [n, num_classes], and checks that it is a softmax."""
+  if port.dtype.kind in 'iu':
+    _require_scale(path, port)
+    output = (output.astype(np.float32) - port.zero_point) * port.scale
+  if output[0].size != num_classes:
+    raise ModelError(f'{path} returns {output[0].size} numbers an image, but has '
+                     f'{num_classes} classes')
+  output = output.reshape([len(output), num_classes]).astype(np.float32)
+  # A NaN is for the comparison to find.
+  if output.min() < -MAX_SUM_ERROR or np.abs(output.sum(1) - 1).max() > MAX_SUM_ERROR:
+    raise ModelError(f'{path}: its output {port.name} does not hold probabilities, their sum is '
+                     f'{output[0].sum():.3g}: it must end with a softmax')
+  return output
+
+
+def _require_scale(path, port):
+  if not port.scale:
+    raise ModelError(f'{path}: {port.name} is {port.dtype} without a scale, expected float32 or '
+                     'a quantised type')

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Two workers on this machine's loopback train on the flowers: make cluster-demo.
-# Usage: demo.sh PYTHON LOG_DIR; PORT and the one above it must be free.
+# Trains on the flowers with two workers on this machine's loopback: make cluster-demo.
+# Usage: demo.sh PYTHON LOG_DIR; PORT and PORT + 1 must be free.
 
 python=$1 log_dir=$2 port=${PORT:-22220}
 mkdir -p "$log_dir"
@@ -15,7 +15,7 @@ for index in 0 1; do
     > "$log_dir/worker$index.txt" 2>&1 &
   pids+=($!)
 done
-echo "Two workers train for a minute or two; what they print goes to $log_dir/worker*.txt"
+echo "Two workers train for a minute or two; their output goes to $log_dir/worker*.txt"
 code=0
 for pid in "${pids[@]}"; do
   wait "$pid" || code=$?

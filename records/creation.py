@@ -1,4 +1,4 @@
-"""Makes a dataset of TFRecords from a folder of images that has one sub-folder per class.
+"""Creates a TFRecord dataset from a folder that has one subfolder of images per class.
 
   creation.create_dataset('flower_photos', 'my_flowers')
 """
@@ -21,39 +21,40 @@ from records import image_files
 
 REJECTED_FILE = 'rejected.csv'
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff')
-WRITE_WINDOW = 256  # images held at the same time
+WRITE_WINDOW = 256  # images in memory at a time
 
 Item = collections.namedtuple('Item', [  # one file of a class folder
     'path',
     'class_name',
-    'reason',  # why it cannot be used, or None
+    'reason',  # why the file cannot be used, or None
     'digest',  # bytes, SHA-256 of the file
-    'kept_as',  # (format, height, width) of a file that is taken byte for byte, or None
+    'kept_as',  # (format, height, width) of a file that is kept byte for byte, or None
 ])
 
 
 def create_dataset(image_dir, dataset_dir, dataset_name=flowers.DATASET_NAME,
                    validation_fraction=0.1, num_shards=2, seed=0, num_workers=None,
                    labels_file=None, overwrite=False):
-  """Writes the TFRecords of a folder of images, and prints what became of them.
+  """Writes a dataset and prints how many images of each class it has.
 
   Args:
-    image_dir: folder with one sub-folder a class; the folders' names are the
-      classes' names, in sorted order unless labels_file tells another.
-    dataset_dir: folder to write to, created if missing.
-    dataset_name: first part of the shards' names.
-    validation_fraction: float in [0, 1), share of every class; 0 writes no
-      validation split.
-    num_shards: files per split.
-    seed: int of 0 or more, of the split and the order.
-    num_workers: images decoded at the same time; None is one a core. It does
-      not change the result.
-    labels_file: an existing labels.txt whose ids are to be kept.
-    overwrite: whether a dataset of this name may be replaced.
+    image_dir: folder with one subfolder per class. The subfolders' names become the
+      class names.
+    dataset_dir: folder to write to; created if missing.
+    dataset_name: prefix of the shards' names.
+    validation_fraction: float in [0, 1), share of each class that goes to the
+      validation split; 0 writes no validation split.
+    num_shards: number of files per split.
+    seed: int of 0 or more that determines the split and the order.
+    num_workers: number of images to decode in parallel; None means one per core. It
+      does not change the result.
+    labels_file: labels.txt with the ids of the classes; None numbers the class
+      names in sorted order.
+    overwrite: whether to replace an existing dataset of this name.
 
   Raises:
-    flowers.DatasetError: the folders are not as they should be, or files are in
-      the way; nothing was written.
+    flowers.DatasetError: the folders are unsuitable, or existing files would be
+      replaced; nothing was written.
   """
   files = list_files(image_dir, dataset_dir)
   class_names = order_classes(files, labels_file)
@@ -64,8 +65,8 @@ def create_dataset(image_dir, dataset_dir, dataset_name=flowers.DATASET_NAME,
     splits = split_items(items, class_names, validation_fraction, seed)
     for name, split in splits.items():
       if len(split) < num_shards:
-        raise flowers.DatasetError(f'--num_shards {num_shards} is more than the {len(split)} '
-                                   f'images of the {name} split')
+        raise flowers.DatasetError(f'--num_shards {num_shards} is more than the number of images '
+                                   f'in the {name} split, {len(split)}')
     os.makedirs(dataset_dir, exist_ok=True)
     written = [path for name, split in splits.items() for path in write_split(
         split, class_names, convert, pool, dataset_dir, dataset_name, name, num_shards)]
@@ -78,10 +79,10 @@ def create_dataset(image_dir, dataset_dir, dataset_name=flowers.DATASET_NAME,
 
 
 def list_files(image_dir, dataset_dir):
-  """Returns {class name: paths in sorted order} of the sub-folders of image_dir.
+  """Returns {class name: sorted paths} of the class folders in image_dir.
 
   Raises:
-    flowers.DatasetError: the folders are not one a class.
+    flowers.DatasetError: image_dir does not have one folder of images per class.
   """
   if not os.path.isdir(image_dir):
     raise flowers.DatasetError(f'There is no folder {image_dir}: is --image_dir right?')
@@ -92,21 +93,21 @@ def list_files(image_dir, dataset_dir):
            if not entry.is_dir() and entry.name.lower().endswith(IMAGE_SUFFIXES)]
   if stray:
     raise flowers.DatasetError(
-        f'{len(stray)} images, such as {_printable(stray[0])}, lie directly in {image_dir}: '
-        'move each into the sub-folder of its class')
+        f'{len(stray)} images, such as {_printable(stray[0])}, are directly in {image_dir}: '
+        'move each into the folder of its class')
   files = {}
   for folder in folders:
     _check_class_name(folder.name)
     children = list(_visible_entries(folder.path))
     if not children:
-      raise flowers.DatasetError(f'The class folder {folder.path} is empty: remove it or fill it')
+      raise flowers.DatasetError(f'The class folder {folder.path} is empty: fill or remove it')
     if all(child.is_dir() for child in children):
       raise flowers.DatasetError(
-          f'{folder.path} has folders only: are the classes one level deeper? Then give '
+          f'{folder.path} has only folders in it: if the classes are one level deeper, use '
           f'--image_dir {folder.path}')
     files[folder.name] = [child.path for child in children]
   if len(files) < 2:
-    raise flowers.DatasetError(f'{image_dir} has {len(files)} class folders: at least 2 are needed')
+    raise flowers.DatasetError(f'{image_dir} needs at least 2 class folders, found {len(files)}')
   return files
 
 
@@ -118,14 +119,13 @@ def order_classes(files, labels_file):
   if sorted(class_names) != sorted(files):
     unknown = sorted(set(files).difference(class_names))
     missing = sorted(set(class_names).difference(files))
-    raise flowers.DatasetError(f'{labels_file} does not fit the class folders: it lacks '
-                               f'{unknown or "none"}, and no folder is there for '
-                               f'{missing or "none"}')
+    raise flowers.DatasetError(f'{labels_file} does not match the class folders: not in the file: '
+                               f'{unknown or "none"}; without a folder: {missing or "none"}')
   return class_names
 
 
 def check_target(dataset_dir, dataset_name, class_names, overwrite):
-  """Raises a DatasetError if files of another dataset would be replaced."""
+  """Raises DatasetError if existing files would be replaced without overwrite."""
   if overwrite:
     return
   existing = _shards(dataset_dir, dataset_name)
@@ -135,12 +135,12 @@ def check_target(dataset_dir, dataset_name, class_names, overwrite):
   if os.path.exists(labels_file) and flowers.read_labels(dataset_dir) != class_names:
     existing.append(labels_file)
   if existing:
-    raise flowers.DatasetError(f'{existing[0]} exists: add --overwrite to replace the dataset, '
+    raise flowers.DatasetError(f'{existing[0]} exists: use --overwrite to replace the dataset, '
                                'or choose another --dataset_dir')
 
 
 def examine(files, convert, pool):
-  """Decodes every file once; returns an Item for each.
+  """Decodes every file once and returns an Item for each.
 
   Args:
     files: {class name: paths}.
@@ -163,7 +163,7 @@ def examine(files, convert, pool):
 
 
 def reject_duplicates(items):
-  """Keeps one of equal files of a class, and none of equal files of several classes."""
+  """Rejects all but one of identical files in a class, and identical files in several classes."""
   by_digest = collections.defaultdict(list)
   for item in items:
     if item.reason is None:
@@ -175,8 +175,8 @@ def reject_duplicates(items):
     equals = by_digest[item.digest]
     others = [other for other in equals if other.class_name != item.class_name]
     if others:
-      return item._replace(reason=f'same content as {_printable(others[0].path)} of another '
-                           'class: which is right?')
+      return item._replace(reason=f'same content as {_printable(others[0].path)} in another '
+                           'class: which class is right?')
     if item is not equals[0]:
       return item._replace(reason=f'same content as {_printable(equals[0].path)}')
     return item
@@ -185,26 +185,26 @@ def reject_duplicates(items):
 
 
 def split_items(items, class_names, validation_fraction, seed):
-  """Splits the usable items at random, every class in the same proportion.
+  """Splits the usable items of each class at random in the same proportion.
 
   Returns:
-    {'train': items, 'validation': items}, each in random order; without
-    'validation' if validation_fraction is 0.
+    {'train': items, 'validation': items}, each in random order; without 'validation'
+    if it would be empty.
 
   Raises:
-    flowers.DatasetError: a class has no image that can be used.
+    flowers.DatasetError: no image of a class can be used.
   """
   train, validation = [], []
   for label, class_name in enumerate(class_names):
     usable = [item for item in items if item.class_name == class_name and item.reason is None]
     if not usable:
       reasons = [item.reason for item in items if item.class_name == class_name]
-      raise flowers.DatasetError(f'No image of the class {class_name} can be used; the first: '
+      raise flowers.DatasetError(f'No image of the class {class_name} can be used. The first: '
                                  f'{reasons[0]}')
     order = np.random.default_rng([seed, label]).permutation(len(usable))
     num_validation = round(validation_fraction * len(usable))
     if validation_fraction:
-      # Every class is trained, and validated where there are two images.
+      # Every class gets a training image, and a validation image if it has a second one.
       num_validation = min(max(num_validation, 1), len(usable) - 1)
     validation += [usable[i] for i in order[:num_validation]]
     train += [usable[i] for i in order[num_validation:]]
@@ -217,14 +217,14 @@ def split_items(items, class_names, validation_fraction, seed):
 
 def write_split(items, class_names, convert, pool, dataset_dir, dataset_name, split_name,
                 num_shards):
-  """Writes the shards of a split under temporary names; returns their final names."""
+  """Writes the shards of a split under temporary names; returns their final paths."""
   labels = {name: label for label, name in enumerate(class_names)}
 
   def make_record(item):
     content = _read(item.path)
     if hashlib.sha256(content).digest() != item.digest:
-      raise flowers.DatasetError(f'{_printable(item.path)} changed while the dataset was made: '
-                                 'run it again')
+      raise flowers.DatasetError(f'{_printable(item.path)} changed while the dataset was created: '
+                                 'run the script again')
     encoded, image_format, height, width = (
         (content, *item.kept_as) if item.kept_as else convert(content))
     return flowers.make_example(
@@ -246,7 +246,7 @@ def write_split(items, class_names, convert, pool, dataset_dir, dataset_name, sp
 
 
 def write_rejected(rejected, image_dir, dataset_dir):
-  """Writes rejected.csv under a temporary name; returns its final name."""
+  """Writes rejected.csv under a temporary name; returns its final path."""
   path = os.path.join(dataset_dir, REJECTED_FILE)
   with open(path + '.tmp', 'w', encoding='utf-8', newline='') as f:
     writer = csv.writer(f)
@@ -257,7 +257,7 @@ def write_rejected(rejected, image_dir, dataset_dir):
 
 
 def write_labels(class_names, dataset_dir):
-  """Writes labels.txt under a temporary name; returns its final name."""
+  """Writes labels.txt under a temporary name; returns its final path."""
   path = os.path.join(dataset_dir, flowers.LABELS_FILE)
   with open(path + '.tmp', 'w', encoding='utf-8', newline='\n') as f:
     f.writelines(f'{label}:{name}\n' for label, name in enumerate(class_names))
@@ -265,18 +265,18 @@ def write_labels(class_names, dataset_dir):
 
 
 def replace_dataset(written, dataset_dir, dataset_name):
-  """Gives the files their names, labels.txt last; removes what they replace."""
+  """Removes the old dataset and gives the new files their final names, labels.txt last."""
   rejected_file = os.path.join(dataset_dir, REJECTED_FILE)
   old = _shards(dataset_dir, dataset_name)
   old += [rejected_file] if os.path.exists(rejected_file) else []
   for path in set(old).difference(written):
-    os.remove(path)  # else old shards would be mixed with new ones
+    os.remove(path)  # otherwise readers would mix old shards with new ones
   for path in written:
     os.replace(path + '.tmp', path)
 
 
 def print_table(class_names, splits, rejected):
-  """Prints how many images of every class went where."""
+  """Prints how many images of each class are in each split and how many were rejected."""
   rejections = collections.Counter(item.class_name for item in rejected)
   counts = {name: collections.Counter(item.class_name for item in split)
             for name, split in splits.items()}
@@ -289,7 +289,7 @@ def print_table(class_names, splits, rejected):
 
 
 def _visible_entries(folder):
-  # Sorted by name, so that every file system gives the same order.
+  # Sorted by name, because the order of a listing depends on the file system.
   with os.scandir(folder) as entries:
     return sorted((entry for entry in entries if not entry.name.startswith('.')),
                   key=lambda entry: os.fsencode(entry.name))
@@ -297,12 +297,13 @@ def _visible_entries(folder):
 
 def _check_class_name(name):
   if name != name.strip() or not name.isprintable():
-    raise flowers.DatasetError(f'The class folder {_printable(name)!r} cannot stand in labels.txt: '
-                               'rename it without line breaks, outer spaces, or other encodings')
+    raise flowers.DatasetError(
+        f'The class folder {_printable(name)!r} cannot be written to labels.txt: use a UTF-8 name '
+        'without line breaks or leading or trailing spaces')
 
 
 def _read(path):
-  if not os.path.isfile(path):  # not a pipe, which would be waited for
+  if not os.path.isfile(path):  # opening a pipe would block
     raise image_files.ImageError(
         'a folder inside a class folder' if os.path.isdir(path) else
         'a broken link' if os.path.islink(path) else 'not a file')

@@ -1,7 +1,7 @@
-"""Turns image files of any kind into JPEG or PNG bytes that TensorFlow decodes as they look.
+"""Converts image files of any format to JPEG or PNG bytes that TensorFlow decodes correctly.
 
-JPEG and PNG files that TensorFlow shows as Pillow does are taken as they are,
-byte for byte; all others are converted.
+JPEG and PNG files that TensorFlow decodes to what Pillow shows are kept byte for
+byte; all others are converted.
 """
 
 import io
@@ -23,11 +23,11 @@ UPRIGHT = 1
 
 
 class ImageError(Exception):
-  """A file is no image that can be used; the message says why."""
+  """An image file that cannot be used; the message says why."""
 
 
 class Converter:
-  """Converts encoded images; may be called by several threads at once."""
+  """Converts encoded images; safe to call from several threads at once."""
 
   def __init__(self):
     with tf.Graph().as_default():
@@ -36,18 +36,18 @@ class Converter:
       self._session = tf.Session(config=tf.ConfigProto(device_count={'GPU': 0}))
 
   def __call__(self, content):
-    """Returns what a record holds of an image file.
+    """Converts one image.
 
     Args:
-      content: bytes of the file; its type is told by them, not by its name.
+      content: bytes of the file; they alone determine its format.
 
     Returns:
-      encoded: bytes of a JPEG or PNG file; `content` itself if it will do.
+      encoded: bytes of a JPEG or PNG file; `content` itself if it needs no conversion.
       image_format: 'jpg' or 'png'.
-      height, width: ints, pixels.
+      height, width: ints, in pixels.
 
     Raises:
-      ImageError: it is empty, no image, cut short, damaged, or too large.
+      ImageError: the file is empty, truncated, damaged, too large or not an image.
     """
     if not content:
       raise ImageError('the file is empty')
@@ -56,21 +56,21 @@ class Converter:
     except ImageError:
       raise
     except Image.UnidentifiedImageError as error:
-      raise ImageError('it is no image') from error
+      raise ImageError('it is not an image') from error
     except Exception as error:  # pylint: disable=broad-except
-      # Pillow raises nearly anything on damaged files: SyntaxError, ValueError, ...
-      raise ImageError(f'it does not decode: {error}') from error
+      # On damaged files Pillow raises almost anything: SyntaxError, ValueError, ...
+      raise ImageError(f'it cannot be decoded: {error}') from error
 
   def _convert(self, content):
     image = Image.open(io.BytesIO(content))
     if image.width * image.height > MAX_PIXELS:
-      raise ImageError(f'{image.width} x {image.height} are more than {MAX_PIXELS} pixels')
+      raise ImageError(f'{image.width} x {image.height} is more than {MAX_PIXELS} pixels')
     image.load()
     kind = {'JPEG': 'jpg', 'MPO': 'jpg', 'PNG': 'png'}.get(image.format)
     if kind and image.getexif().get(EXIF_ORIENTATION, UPRIGHT) == UPRIGHT:
       if self._shows_as(content, image, kind):
         return content, kind, image.height, image.width
-    # Lossy sources would only grow as PNG.
+    # As PNG, images from lossy formats would only take more space.
     kind = 'jpg' if image.format in ('JPEG', 'MPO', 'WEBP') else 'png'
     image = to_rgb(ImageOps.exif_transpose(image))
     encoded = io.BytesIO()
@@ -81,7 +81,7 @@ class Converter:
     return encoded.getvalue(), kind, image.height, image.width
 
   def _shows_as(self, content, image, kind):
-    """Whether TensorFlow decodes the file, and to what Pillow shows."""
+    """Returns whether TensorFlow decodes the file to what Pillow shows."""
     if image.mode not in ('RGB', 'L', 'P', '1') or 'transparency' in image.info:
       return False
     try:
@@ -98,14 +98,14 @@ def to_rgb(image):
   """Converts a PIL image of any mode to RGB: 16 bits to 8, transparency to white.
 
   Raises:
-    ImageError: its numbers have no known range.
+    ImageError: the range of its pixel values is unknown.
   """
   if image.mode.startswith('I;16'):
-    # Pillow's own conversion cuts off whatever is above 255.
+    # Pillow's own conversion clips everything above 255.
     pixels = np.asarray(image).astype(np.float64) / 257
     image = Image.fromarray(np.round(np.clip(pixels, 0, 255)).astype(np.uint8))
   elif image.mode in ('I', 'F'):
-    raise ImageError(f'its pixels are of type {image.mode}, whose range is not known')
+    raise ImageError(f'the range of its pixel values (mode {image.mode}) is unknown')
   if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
     image = image.convert('RGBA')
     image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)

@@ -1,11 +1,12 @@
-"""Random access to the records of TFRecord files, each with its checksum verified.
+"""Random access to the records of TFRecord files, with verified checksums.
 
-TensorFlow's own readers give up on a file at its first broken record, and know
-neither how many records there are nor where. A TFRecord file is a row of
+TensorFlow's own readers stop at the first damaged record of a file and know
+neither how many records a file holds nor where they are. A TFRecord file is a
+sequence of
 
   uint64 length, uint32 CRC of the length, data, uint32 CRC of the data
 
-all little-endian, each CRC a CRC-32C, rotated and offset ("masked"), as
+in little-endian order. Each CRC is a CRC-32C, rotated and offset ("masked") as
 TensorFlow's record_writer.h describes.
 """
 
@@ -20,18 +21,18 @@ CRC_MASK_DELTA = 0xa282ead8
 
 
 class RecordError(Exception):
-  """A record cannot be used; the message says why."""
+  """A record that cannot be used; the message says why."""
 
 
 class Records:
-  """The records of TFRecord files in order, numbered from 0.
+  """The records of TFRecord files, numbered from 0 across the files.
 
-  Only the headers are read at first, some microseconds a record, so that the
-  start of a training run does not grow with the size of the images.
+  Construction reads only the record headers, a few microseconds each, so that the
+  start-up time of training does not depend on the size of the images.
 
   Attributes:
-    paths: the files.
-    damages: a sentence for each file whose last records are lost.
+    paths: paths of the files.
+    damages: one sentence for each file whose last records are lost.
   """
 
   def __init__(self, paths):
@@ -49,7 +50,7 @@ class Records:
     return len(self._offsets)
 
   def __getitem__(self, number):
-    """Returns the bytes of a record; raises a RecordError if they are damaged."""
+    """Returns the bytes of a record; raises RecordError if they are damaged."""
     path, _ = self.locate(number)
     length = int(self._lengths[number])
     try:
@@ -64,11 +65,11 @@ class Records:
     return data
 
   def fingerprint(self):
-    """Returns the number of records and a hash of their lengths, as text."""
+    """Returns a string of the number of records and a hash of their lengths."""
     return f'{len(self)}, {masked_crc(self._lengths.tobytes()):08x}'
 
   def locate(self, number):
-    """Returns the file of a record, and the record's number in this file."""
+    """Returns the path of a record's file and the record's number within that file."""
     file = int(np.searchsorted(self._first, number, side='right')) - 1
     return self.paths[file], int(number) - self._first[file]
 
@@ -82,8 +83,9 @@ class Records:
         header = f.read(HEADER_SIZE)
         if len(header) == HEADER_SIZE and masked_crc(header[:8]) != _uint32(header, 8):
           self.damages.append(
-              f'{path}: the length of record {len(offsets) - first} is damaged, it and what '
-              'follows are lost' if offset else f'{path} is no TFRecord file, or a compressed one')
+              f'{path}: the length of record {len(offsets) - first} is damaged: that record and '
+              'all after it are lost' if offset else
+              f'{path} is not a TFRecord file, or it is compressed')
           return
         end = offset + HEADER_SIZE + FOOTER_SIZE
         if len(header) == HEADER_SIZE:
@@ -97,7 +99,7 @@ class Records:
 
 
 def masked_crc(data):
-  """Returns the checksum of bytes as TFRecord files hold it, a uint32."""
+  """Returns the masked CRC-32C of bytes, a uint32."""
   crc = google_crc32c.value(data)
   return ((crc >> 15 | crc << 17) + CRC_MASK_DELTA) & 0xffffffff
 

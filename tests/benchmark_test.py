@@ -1,4 +1,4 @@
-"""Tests of what benchmark.py counts and prints; how fast anything is, is no test's business."""
+"""Tests of what benchmark.py counts and prints; speed is left to `make benchmark`."""
 
 import contextlib
 import importlib.util
@@ -51,7 +51,7 @@ class BenchmarkTest(unittest.TestCase):
     figures = self.figures_of('--mode', 'train', '--num_clones', '2', '--clone_on_cpu')
     self.assertEqual(figures['gflops_per_image'],
                      3 * network.count_flops(71, depth_multiplier=0.25) / 1e9)
-    # TensorFlow alone takes less than 300 MiB, weights and activations the rest.
+    # TensorFlow alone takes less than 300 MiB.
     self.assertGreater(figures['peak_memory_mib'], 300)
 
   def test_inference_as_a_command(self):
@@ -86,7 +86,7 @@ class BenchmarkTest(unittest.TestCase):
     for code, options, message in (
         (1, ['--xla', '--clone_on_cpu'], 'benchmark.py: --xla needs a GPU'),
         (1, ['--num_clones', '3', '--clone_on_cpu'],
-         '--batch_size 8 is the sum over all towers: it must divide by 3 towers'),
+         '--batch_size 8 is the sum over all towers and must be divisible by 3 towers'),
         (2, ['--mode', 'input', '--precision', 'bfloat16'],
          '--precision would have no effect on --mode input, which takes --batch_size'),
         (2, ['--mode', 'end_to_end', '--peers'], '--mode end_to_end has no peers')):
@@ -111,7 +111,7 @@ class BenchmarkTest(unittest.TestCase):
     self.assertEqual([(row['peer'], row['ratio']) for row in rows],
                      [('Keras predict_on_batch', 1.5), ('timm, torch.compile', 1.5),
                       ('timm, compiled and frozen', 1.5)])
-    # Each of them and ours, once a round and precision.
+    # Each peer and our program, once per round and precision.
     self.assertEqual(len(programs), 2 * (4 + 3))
     self.assertIn('inference, bfloat16, ours: left out, because no bfloat16 here',
                   said.getvalue())

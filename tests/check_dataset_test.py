@@ -1,5 +1,6 @@
 """Tests of the check of a dataset: what it counts, and what it finds."""
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import tensorflow.compat.v1 as tf
 
 import check_dataset
 from create_tfrecords_test import image_bytes
+from evaluation import pictures
 from records import flowers
 from scripts import PROJECT
 
@@ -88,6 +90,14 @@ class CheckDatasetTest(tf.test.TestCase):
     self.assertEqual(report['leaks'], [[{'split': 'train', 'file': train, 'record': 3},
                                         {'split': 'validation', 'file': validation, 'record': 1}]])
 
+  def test_the_contact_sheet_is_bounded(self):
+    thumbnail = np.full([128, 96, 3], [200, 0, 0], np.uint8)
+    names = [f'$class_{i}' for i in range(600)]
+    content = pictures.draw_contact_sheet([[thumbnail, thumbnail]] * 100, names)
+    pixels = np.asarray(Image.open(io.BytesIO(content)).convert('RGB'))
+    self.assertBetween(pixels.shape[0], 100 * 128, 100 * 150)
+    self.assertAllClose((pixels == [200, 0, 0]).all(-1).sum() / (200 * 128 * 96), 1, atol=0.02)
+
   def run_script(self, *args):
     return subprocess.run(
         [sys.executable, os.path.join(PROJECT, 'check_dataset.py'), '--dataset_dir', self.dir,
@@ -98,7 +108,7 @@ class CheckDatasetTest(tf.test.TestCase):
     sheet = os.path.join(self.dir, 'sheet.png')
     result = self.run_script('--contact_sheet', sheet)
     self.assertEqual(result.returncode, 0, result.stderr)
-    self.assertEndsWith(result.stdout, 'Nothing is broken\n')
+    self.assertEndsWith(result.stdout, 'No problems found\n')
     with Image.open(sheet) as image:
       self.assertGreater(np.asarray(image.convert('RGB')).std(), 10)
 

@@ -145,7 +145,7 @@ class ClassifyImageTest(tf.test.TestCase):
       self.assertEqual([os.path.basename(result.file) for result in results], names)
       self.assertEqual([len(result.predictions) for result in results], [1, 0, 0, 0, 0, 0, 1])
       for result, message in zip(results, [
-          None, 'does not decode', 'it is no image', 'cannot be read: No such file',
+          None, 'cannot be decoded', 'it is not an image', 'cannot be read: No such file',
           'the folder contains no image', 'more than 268435456 bytes', None]):
         if message:
           self.assertIn(message, result.error)
@@ -173,7 +173,7 @@ class ClassifyImageTest(tf.test.TestCase):
       self.assertLen(line['predictions'], 5)
       self.assertEqual(list(line['predictions'][0]), ['label', 'name', 'probability'])
     errors = result.stderr.decode()
-    self.assertIn('classify_image.py: bad.jpg: it is no image\n', errors)
+    self.assertIn('classify_image.py: bad.jpg: it is not an image\n', errors)
     self.assertIn('1 of 5 files could not be classified', errors)
     self.assertNotIn('Traceback', errors)
 

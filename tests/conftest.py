@@ -5,6 +5,8 @@ import os
 # CPUs compute the same everywhere, and a user may be training on the GPUs.
 os.environ.setdefault('CUDA_VISIBLE_DEVICES', '-1')
 
+import slim_bridge  # noqa: F401, before TensorFlow: see there
+
 import pytest
 import tensorflow.compat.v1 as tf
 

@@ -1,7 +1,7 @@
-"""Tests of the conversion: both directions, every format, every error.
+"""Tests both directions of the conversion, every file format and every error.
 
-Keras needs TensorFlow 2's behavior, which slim's graphs need switched off: it
-runs in the process KERAS, with everything that is handed to `in_keras`.
+Keras needs TensorFlow 2's behavior, which slim's graphs need switched off, so
+`in_keras` runs what needs Keras in a process of its own, KERAS.
 """
 
 import contextlib
@@ -32,10 +32,9 @@ from scripts import PROJECT
 import xception
 
 SIZES = [(107, 139), (128, 128)]
-# Weights as Keras 2 wrote them, a whole model, and the two of Keras 3, of which the
-# last is slow to load.
+# Weights as Keras 2 wrote them, a whole model in HDF5, and Keras 3's two formats.
 FORMATS = ['keras_2.h5', 'model.h5', 'xception.weights.h5', 'xception.keras']
-MODELS = {}  # in KERAS only: models by their number of classes, 0 without top
+MODELS = {}  # {number of classes, 0 for no classifier: model}, in the process KERAS only
 
 
 def setUpModule():
@@ -43,8 +42,7 @@ def setUpModule():
   tf.disable_v2_behavior()
   tf.enable_resource_variables()
   FOLDER = tempfile.mkdtemp()
-  # The user's downloads are neither found nor replaced. Keras reads it once, when
-  # the process begins.
+  # Keeps the tests away from the user's downloads. Keras reads it once, at its import.
   os.environ['KERAS_HOME'] = os.path.join(FOLDER, 'keras_home')
   KERAS = keras_process()
   random = np.random.default_rng(0)
@@ -61,19 +59,19 @@ def tearDownModule():
 
 
 def in_keras(function, *args):
-  """Runs a function of this module in the process of Keras; raises what it raises."""
+  """Returns function(*args), run in the process KERAS; re-raises its exceptions."""
   return KERAS.submit(function, *args).result()
 
 
 def make_models(images):
-  """Makes MODELS, of random weights.
+  """Fills MODELS with models of random weights.
 
   Args:
-    images: list of float32 [n, height, width, 3].
+    images: list of float32 [n, height, width, 3] batches.
 
   Returns:
-    {number of classes: logits, a list like `images`}, and the model's weights
-    of 5 classes in slim's form.
+    {number of classes: list of logits, one array per batch}, and the slim
+    weights of the model with 5 classes.
   """
   keras = convert_keras_weights.import_keras()
   for num_classes in (5, 1000):
@@ -106,11 +104,11 @@ def save(num_classes, path):
 
 
 def load(path, images=None):
-  """Loads a file that the script wrote as users of Keras do.
+  """Loads a file that the script wrote, the way users of Keras do.
 
   Returns:
-    Its weights in slim's form, the size of its images, and its probabilities
-    for `images` if there are any.
+    Its slim weights, its (height, width), and its probabilities for `images`
+    or None.
   """
   keras = convert_keras_weights.import_keras()
   model = (keras.applications.Xception(weights=path, classes=5)
@@ -120,7 +118,7 @@ def load(path, images=None):
 
 
 def convert(*args):
-  """Runs the script's main; returns what it prints."""
+  """Runs the script's main and returns what it printed."""
   output = io.StringIO()
   with contextlib.redirect_stdout(output):
     convert_keras_weights.main(convert_keras_weights.parse_args(args))
@@ -130,12 +128,12 @@ def convert(*args):
 def convert_imagenet(weights, weights_without_top, checkpoint):
   """Converts files as if Keras had downloaded them as its ImageNet weights.
 
-  First with top, but as if Keras had no names; then with names; then without
-  top.
+  It converts them three times: with the class names out of reach, with the
+  class names, and without logits.
 
   Returns:
-    The checksums that Keras was to verify, what was printed each time, and the
-    names of the classes the first two times.
+    The checksums that Keras was asked to verify, the three outputs, and the
+    class names of the first two checkpoints.
   """
   names = os.path.join(os.path.dirname(weights), 'names.json')
   with open(names, 'w') as f:
@@ -152,13 +150,13 @@ def convert_imagenet(weights, weights_without_top, checkpoint):
 
 
 def fail_to_download(url, checkpoint):
-  """Converts the ImageNet weights as if they were at a URL."""
+  """Converts the ImageNet weights as if Keras published them at `url`."""
   with mock.patch('keras.src.applications.xception.WEIGHTS_PATH', url):
     convert('--keras_weights', 'imagenet', '--output_checkpoint', checkpoint)
 
 
 def save_other_network(path):
-  """Saves a network of one layer in the format of the file's suffix."""
+  """Saves a network of one layer in the format that the suffix asks for."""
   keras = convert_keras_weights.import_keras()
   model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3)])
   (model.save_weights if path.endswith('.weights.h5') else model.save)(path)
@@ -171,7 +169,7 @@ def read(checkpoint):
 
 
 def build(num_classes, depth_multiplier=1.0):
-  """Builds the slim network for images of any size; returns images, logits."""
+  """Builds the slim network for images of any size; returns (images, logits)."""
   images = tf.placeholder(tf.float32, [None, None, None, 3])
   with slim.arg_scope(xception.xception_arg_scope()):
     return images, xception.xception(images, num_classes, is_training=False,
@@ -179,7 +177,7 @@ def build(num_classes, depth_multiplier=1.0):
 
 
 def slim_logits(checkpoint, num_classes, batches):
-  """Returns the slim network's logits for a list of batches of images."""
+  """Returns the slim network's logits, one array for each batch of images."""
   with tf.Graph().as_default(), tf.Session() as session:
     images, logits = build(num_classes)
     saver, _ = checkpoints.inference_saver(checkpoint)
@@ -246,7 +244,7 @@ class KerasToSlimTest(ConversionTestCase):
     for name in FORMATS:
       output = self.to_slim(self.save(0, name), '--num_classes', '5', '--overwrite')
       self.assertIn('20,861,480 parameters, no classes', output)
-      self.assertIn('without logits, enough to fine-tune from', output)
+      self.assertIn('without logits, for fine-tuning', output)
       self.assertSameWeights(read(self.checkpoint), {**expected, 'global_step': np.int64(0)})
     self.assertNotIn('model_config.json', os.listdir(os.path.dirname(self.checkpoint)))
 
@@ -259,7 +257,7 @@ class KerasToSlimTest(ConversionTestCase):
         self.assertEqual(logits.shape, (2, num_classes))
         largest = np.abs(expected).max()
         self.assertLess(np.abs(logits - expected).max(), 1e-5 * largest)
-        # Not the same for trivial reasons.
+        # The images differ enough for the comparison to mean something.
         self.assertGreater(np.abs(expected[0] - expected[1]).max(), 0.01 * largest)
 
   def test_eval_flowers_takes_the_checkpoint(self):
@@ -286,22 +284,22 @@ class KerasToSlimTest(ConversionTestCase):
     weights, weights_without_top = self.save(1000, 'keras_2.h5'), self.save(0, 'model.h5')
     hashes, outputs, class_names = in_keras(
         convert_imagenet, weights, weights_without_top, self.checkpoint)
-    # Those of the files that Keras publishes.
+    # The MD5 sums of the files that Keras publishes.
     with_top, names, without_top = ('0a58e3b7378bc2990ea3b43d5981f1f6',
                                     'c2c37ea517e94d9795004a39431a14cb',
                                     'b0042744bf5b25fce3cb969f33bebb97')
     self.assertEqual(hashes, [with_top, names, with_top, names, without_top])
     for output in outputs[:2]:
       self.assertIn('Read 236 weights of imagenet: 22,910,480 parameters, 1000 classes', output)
-    self.assertIn('called class_0 to class_999: --labels gives them names', outputs[0])
+    self.assertIn('named class_0 to class_999; --labels gives other names', outputs[0])
     self.assertEqual(class_names[0], [f'class_{i}' for i in range(1000)])
     self.assertNotIn('--labels', outputs[1])
     self.assertEqual(class_names[1], [f'name_{i}' for i in range(1000)])
     self.assertIn('without logits', outputs[2])
-    # The folder's configuration was that of the checkpoint with logits.
+    # The earlier model_config.json described a checkpoint with logits.
     self.assertNotIn('model_config.json', os.listdir(os.path.dirname(self.checkpoint)))
 
-  def test_imagenet_that_cannot_be_had(self):
+  def test_imagenet_download_fails(self):
     message = 'Keras cannot get its ImageNet weights: .*{}.*. Run it again, or give the path'
     path = self.path('xception.h5')
     self.assertRefused(message.format('URL fetch failure on file://.*No such file'),
@@ -327,7 +325,7 @@ class KerasToSlimTest(ConversionTestCase):
                        '0')
     self.assertFalse(os.path.exists(os.path.dirname(self.checkpoint)))
 
-  def test_files_that_are_no_weights_of_xception(self):
+  def test_damaged_and_foreign_files(self):
     with open(self.save(5, 'xception.weights.h5'), 'rb') as f:
       whole = f.read()
     for name, content in [('cut.weights.h5', whole[:1_000_000]), ('keras_3.h5', whole),
@@ -344,7 +342,7 @@ class KerasToSlimTest(ConversionTestCase):
                          'wrong', self.to_slim, self.path(name), '--num_classes', '5')
     self.assertFalse(os.path.exists(os.path.dirname(self.checkpoint)))
 
-  def test_mistakes_that_need_no_keras(self):
+  def test_mistakes_found_before_keras_is_loaded(self):
     def to_slim(weights, *args):
       convert('--keras_weights', weights, '--output_checkpoint', self.checkpoint, *args)
 
@@ -362,11 +360,11 @@ class KerasToSlimTest(ConversionTestCase):
       existing = os.path.join(os.path.dirname(self.checkpoint), name)
       with open(existing, 'w'):
         pass
-      self.assertRefused(f'{existing} exists: choose another folder or name, or --overwrite',
+      self.assertRefused(f'{existing} exists: choose another folder or name, or give --overwrite',
                          to_slim, path)
       os.remove(existing)
 
-  def test_labels_of_other_classes(self):
+  def test_labels_with_another_number_of_classes(self):
     labels = self.path('labels.txt')
     with open(labels, 'w') as f:
       f.write('0:cat\n1:dog\n')
@@ -374,10 +372,10 @@ class KerasToSlimTest(ConversionTestCase):
                        KERAS_FILE, '--num_classes', '5', '--labels', labels)
     self.assertEqual(os.listdir(self.dir), ['labels.txt'])
 
-  def test_a_place_that_cannot_be_written(self):
+  def test_unwritable_output(self):
     with open(os.path.dirname(self.checkpoint), 'w'):
       pass
-    self.assertRefused(f'Cannot write {self.checkpoint} .*File exists.*: make room, or choose',
+    self.assertRefused(f'Cannot write {self.checkpoint} .*File exists.*: free some space',
                        self.to_slim, KERAS_FILE, '--num_classes', '5')
 
 
@@ -396,7 +394,7 @@ class SlimToKerasTest(ConversionTestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    # A training's: WEIGHTS are its averages, the weights themselves twice as large.
+    # WEIGHTS are the averages; the weights themselves are twice as large.
     cls.log_dir = os.path.join(FOLDER, 'log')
     os.mkdir(cls.log_dir)
     cls.trained = write(os.path.join(cls.log_dir, 'model.ckpt-7'), {
@@ -417,11 +415,11 @@ class SlimToKerasTest(ConversionTestCase):
     expected, = slim_logits(self.trained, 5, IMAGES[1:])
     self.assertAllClose(probabilities, softmax(expected), rtol=1e-5, atol=1e-6)
 
-  def test_the_weights_themselves(self):
+  def test_weights_without_averages(self):
     with open(self.path('xception.h5'), 'w') as f:
       f.write('old')
     output = self.to_keras(self.trained, 'xception.h5', '--use_averages', 'no', '--overwrite')
-    self.assertIn('the weights themselves, no averages', output)
+    self.assertIn('the weights, not averages', output)
     weights, size, _ = in_keras(load, self.path('xception.h5'))
     self.assertSameWeights(weights, {name: 2 * value for name, value in WEIGHTS.items()})
     self.assertEqual(size, (128, 128))
@@ -429,7 +427,7 @@ class SlimToKerasTest(ConversionTestCase):
   def test_there_and_back_again(self):
     self.to_slim(KERAS_FILE, '--num_classes', '5')
     output = self.to_keras(self.checkpoint, 'back.weights.h5')
-    self.assertIn('the weights themselves, no averages', output)
+    self.assertIn('the weights, not averages', output)
     self.assertIn('images of 299 x 299', output)
     weights, _, _ = in_keras(load, self.path('back.weights.h5'))
     self.assertSameWeights(weights, WEIGHTS)
@@ -441,12 +439,12 @@ class SlimToKerasTest(ConversionTestCase):
       self.assertRefused(message, self.to_keras, write(self.path('model.ckpt'), variables),
                          'x.keras')
 
-    # Of the right kind, and next to nothing.
+    # The large weights are cut down to one number: only their names matter here.
     zeros = {name: np.zeros(value.shape, np.float32) if value.size < 10_000 else
              np.zeros([1], np.float32) for name, value in WEIGHTS.items()}
     zeros['Xception/Logits/weights'] = WEIGHTS['Xception/Logits/weights']
-    other = "is of another network than Keras' Xception, it "
-    refuse(other + 'lacks Xception/block1_conv1/weights: convert', {'InceptionV3/w': np.zeros(1)})
+    other = "does not hold Keras' Xception: it "
+    refuse(other + 'lacks Xception/block1_conv1/weights. Convert', {'InceptionV3/w': np.zeros(1)})
     refuse(other + 'has fc1', {**zeros, 'Xception/fc1/weights': np.zeros(1)})
     del zeros['Xception/block1_conv1/BatchNorm/gamma']
     refuse(other + 'lacks Xception/block1_conv1/BatchNorm/gamma', zeros)
@@ -460,8 +458,9 @@ class SlimToKerasTest(ConversionTestCase):
       session.run(tf.global_variables_initializer())
       tf.train.Saver().save(session, path)
     self.assertRefused(
-        r"another width than Keras' Xception, Xception/block1_conv1/weights is \[3, 3, 3, 16\] and "
-        r'not \[3, 3, 3, 32\]: train with --depth_multiplier 1', self.to_keras, path, 'x.keras')
+        r"not have the width of Keras' Xception: Xception/block1_conv1/weights is "
+        r'\[3, 3, 3, 16\], not \[3, 3, 3, 32\]. Train with --depth_multiplier 1',
+        self.to_keras, path, 'x.keras')
 
   def test_damaged_checkpoints(self):
     path = write(self.path('model.ckpt'), WEIGHTS)
@@ -475,7 +474,7 @@ class SlimToKerasTest(ConversionTestCase):
     self.assertRefused('model.ckpt is damaged', self.to_keras, path, 'x.keras')
     self.assertFalse(os.path.exists(self.path('x.keras')))
 
-  def test_mistakes_that_need_no_keras(self):
+  def test_mistakes_found_before_keras_is_loaded(self):
     def to_keras(checkpoint, name):
       convert('--checkpoint', checkpoint, '--output_keras', self.path(name))
 
@@ -485,7 +484,7 @@ class SlimToKerasTest(ConversionTestCase):
     with open(self.path('xception.keras'), 'w'):
       pass
     self.assertRefused(f'{self.path("xception.keras")} exists: choose another folder or name, or '
-                       '--overwrite', to_keras, self.log_dir, 'xception.keras')
+                       'give --overwrite', to_keras, self.log_dir, 'xception.keras')
 
 
 class CommandLineTest(ConversionTestCase):
@@ -497,15 +496,15 @@ class CommandLineTest(ConversionTestCase):
     self.assertEqual(caught.exception.code, 2)
     self.assertRegex(error.getvalue(), re.compile(f'error: .*{message}', re.MULTILINE))
 
-  def test_options_that_do_not_go_together(self):
-    self.assertUsage('give either --keras_weights or --checkpoint')
-    self.assertUsage('give either --keras_weights or --checkpoint', '--keras_weights', 'x.h5',
-                     '--checkpoint', 'log')
+  def test_options_of_the_other_direction(self):
+    self.assertUsage('one of the arguments --keras_weights --checkpoint is required')
+    self.assertUsage('--checkpoint: not allowed with argument --keras_weights',
+                     '--keras_weights', 'x.h5', '--checkpoint', 'log')
     self.assertUsage('--keras_weights needs --output_checkpoint', '--keras_weights', 'x.h5')
     self.assertUsage('--checkpoint needs --output_keras', '--checkpoint', 'log')
-    self.assertUsage('--num_classes goes with --keras_weights, not with --checkpoint',
+    self.assertUsage('--num_classes does not go with --checkpoint',
                      '--checkpoint', 'log', '--output_keras', 'x.keras', '--num_classes', '5')
-    self.assertUsage('--use_averages goes with --checkpoint, not with --keras_weights',
+    self.assertUsage('--use_averages does not go with --keras_weights',
                      '--keras_weights', 'x.h5', '--output_checkpoint', 'c', '--use_averages', 'no')
 
   def test_values(self):

@@ -155,8 +155,8 @@ class CreateDatasetTest(tf.test.TestCase):
     self.assertEqual(collections.Counter(r[2] for r in self.features('train')), {0: 3, 1: 1})
     with open(labels, 'w', encoding='utf-8') as f:
       f.write('0:cat\n1:cow\n')
-    self.assertRefused(r"ids.txt does not fit the class folders: it lacks \['dog'\], and no "
-                       r"folder is there for \['cow'\]", labels_file=labels, overwrite=True)
+    self.assertRefused(r"ids.txt does not match .*not in the file: \['dog'\]; without a folder: "
+                       r"\['cow'\]", labels_file=labels, overwrite=True)
 
   # Files that cannot be used.
 
@@ -179,17 +179,17 @@ class CreateDatasetTest(tf.test.TestCase):
     output = self.create(num_shards=1)
     self.assertEqual(self.rejected(), {
         'cat/zero.jpg': 'the file is empty',
-        'cat/page.jpg': 'it is no image',
-        'cat/with space and ü.jpg': 'it is no image',
-        'cat/not-utf8-\\udcff.jpg': 'it is no image',
-        'cat/line\nbreak.jpg': 'it is no image',
+        'cat/page.jpg': 'it is not an image',
+        'cat/with space and ü.jpg': 'it is not an image',
+        'cat/not-utf8-\\udcff.jpg': 'it is not an image',
+        'cat/line\nbreak.jpg': 'it is not an image',
         'cat/folder': 'a folder inside a class folder',
         'dog/truncated.jpg': mock.ANY,
         'dog/copy.jpg': mock.ANY,
         'dog/broken-link.jpg': 'a broken link',
         'dog/loop': 'a folder inside a class folder',
         'dog/pipe.jpg': 'not a file'})
-    self.assertStartsWith(self.rejected()['dog/truncated.jpg'], 'it does not decode')
+    self.assertStartsWith(self.rejected()['dog/truncated.jpg'], 'it cannot be decoded')
     self.assertRegex(output, r'\ncat +3 +1 +6\ndog +3 +1 +5\ntotal +6 +2 +11\n$')
 
   def test_good_files_with_odd_names(self):
@@ -213,8 +213,8 @@ class CreateDatasetTest(tf.test.TestCase):
     reasons = self.rejected()
     self.assertCountEqual(reasons, ['cat/000.jpg', 'cat/003.jpg', 'dog/cat.jpg'])
     self.assertRegex(reasons['cat/000.jpg'], 'same content as .*cat/000 again.jpg$')
-    self.assertRegex(reasons['cat/003.jpg'], 'same content as .*dog/cat.jpg of another class')
-    self.assertRegex(reasons['dog/cat.jpg'], 'same content as .*cat/003.jpg of another class')
+    self.assertRegex(reasons['cat/003.jpg'], 'same content as .*dog/cat.jpg in another class')
+    self.assertRegex(reasons['dog/cat.jpg'], 'same content as .*cat/003.jpg in another class')
     encoded = [r[0] for split in flowers.SPLITS for r in self.features(split)]
     self.assertLen(set(encoded), len(encoded))
 
@@ -223,42 +223,43 @@ class CreateDatasetTest(tf.test.TestCase):
   def test_folder_mistakes(self):
     self.assertRefused('There is no folder .*images: is --image_dir right')
     os.mkdir(self.image_dir)
-    self.assertRefused('images has 0 class folders: at least 2 are needed')
+    self.assertRefused('images needs at least 2 class folders, found 0')
     self.write_classes(cat=2)
-    self.assertRefused('images has 1 class folders: at least 2 are needed')
+    self.assertRefused('images needs at least 2 class folders, found 1')
     self.write('dog/x/1.jpg', image_bytes(1))
-    self.assertRefused('dog has folders only: are the classes one level deeper')
+    self.assertRefused('dog has only folders in it: if the classes are one level deeper')
     shutil.rmtree(os.path.join(self.image_dir, 'dog'))
     os.mkdir(os.path.join(self.image_dir, 'dog'))
     self.assertRefused('The class folder .*dog is empty')
     self.write('dog/notes.txt', b'none yet')
-    self.assertRefused('No image of the class dog can be used; the first: it is no image')
+    self.assertRefused('No image of the class dog can be used. The first: it is not an image')
     self.write('IMG_1.JPG', image_bytes(1))
-    self.assertRefused('1 images, such as IMG_1.JPG, lie directly in')
+    self.assertRefused('1 images, such as IMG_1.JPG, are directly in')
 
   def test_class_names_that_labels_txt_cannot_hold(self):
     self.write_classes(cat=1)
     for name in ('line\nbreak', ' space', b'\xff'):
       self.write(os.fsencode(name) + b'/1.jpg', image_bytes(9))
-      self.assertRefused('cannot stand in labels.txt')
+      self.assertRefused('cannot be written to labels.txt')
       shutil.rmtree(os.path.join(os.fsencode(self.image_dir), os.fsencode(name)))
 
   def test_more_shards_than_images(self):
     self.write_classes(cat=2, dog=2)
-    self.assertRefused('--num_shards 3 is more than the 2 images of the train split', num_shards=3)
+    self.assertRefused('--num_shards 3 is more than the number of images in the train split, 2',
+                       num_shards=3)
 
   # What is there already.
 
   def test_nothing_is_replaced_without_overwrite(self):
     self.write_classes(cat=6, dog=6)
     self.create(num_shards=2)
-    self.assertRefused('00000-of-00002.tfrecord exists: add --overwrite')
-    self.assertRefused('00000-of-00002.tfrecord exists: add --overwrite', num_shards=1)
+    self.assertRefused('00000-of-00002.tfrecord exists: use --overwrite')
+    self.assertRefused('00000-of-00002.tfrecord exists: use --overwrite', num_shards=1)
     self.create(dataset_name='other')  # beside it, with the same labels
     self.assertLen(os.listdir(self.dataset_dir), 9)
     self.write('cow/1.jpg', image_bytes(300))
     self.write('cow/2.jpg', image_bytes(301))
-    self.assertRefused('labels.txt exists: add --overwrite', dataset_name='third')
+    self.assertRefused('labels.txt exists: use --overwrite', dataset_name='third')
     self.create(num_shards=1, overwrite=True)
     # The old shards are not mixed in.
     self.assertLen(flowers.get_split('train', self.dataset_dir).data_sources, 1)
@@ -287,7 +288,7 @@ class CreateDatasetTest(tf.test.TestCase):
     result = subprocess.run(command, capture_output=True, text=True)
     self.assertEqual(result.returncode, 1)
     self.assertNotIn('Traceback', result.stderr)
-    self.assertRegex(result.stderr, 'create_tfrecords.py: .* exists: add --overwrite')
+    self.assertRegex(result.stderr, 'create_tfrecords.py: .* exists: use --overwrite')
 
 
 if __name__ == '__main__':

@@ -117,7 +117,7 @@ class DrawFlowersTest(tf.test.TestCase):
               for name in os.listdir(self.dir)}
     result = self.draw()
     self.assertEqual(result.returncode, 1)
-    self.assertRegex(result.stderr, r'draw_flowers.py: .*labels.txt exists: add --overwrite')
+    self.assertRegex(result.stderr, r'draw_flowers.py: .*labels.txt exists: use --overwrite')
     self.assertNotIn('Traceback', result.stderr)
     self.assertEqual(before, {name: os.stat(os.path.join(self.dir, name)).st_mtime_ns
                               for name in os.listdir(self.dir)})

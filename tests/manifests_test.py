@@ -1,4 +1,4 @@
-"""Tests of what starts a cluster: it parses, and its TF_CONFIG is understood."""
+"""Tests of the cluster manifests: they parse, and their TF_CONFIG is valid."""
 
 import json
 import os
@@ -28,7 +28,7 @@ class ManifestsTest(tf.test.TestCase):
 
   def setUp(self):
     super().setUp()
-    # Stands for python and for Slurm's commands: prints what it is given.
+    # Holds stand-ins for python and Slurm's commands.
     self.bin = tempfile.mkdtemp(dir=self.get_temp_dir())
 
   def command(self, name, script):

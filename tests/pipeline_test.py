@@ -1,5 +1,6 @@
-"""Tests of the scripts as they are run: train, resume, evaluate, freeze, and their ends."""
+"""End-to-end tests of the scripts: train, resume, evaluate, freeze, interruptions, mistakes."""
 
+import io
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -23,7 +25,7 @@ from scripts import DATASET_DIR
 from scripts import run
 from scripts import start
 
-# A small network that learns nothing in a few steps, the same in every run.
+# A small network whose few steps are the same in every run.
 TRAIN = ['train_flowers.py', '--dataset_dir', DATASET_DIR, '--image_size', '71',
          '--depth_multiplier', '0.125', '--batch_size', '8', '--clone_on_cpu', '--seed', '1',
          '--learning_rate_decay_type', 'fixed', '--dropout_keep_prob', '1',
@@ -38,6 +40,12 @@ def losses(output):
   """Returns {global step: loss} of the log lines."""
   return {int(step): float(loss) for step, loss in
           re.findall(r'^global step (\d+)/\d+: loss = ([\d.]+)', output, re.MULTILINE)}
+
+
+def events(folder):
+  """Returns the TensorBoard events in a folder."""
+  return [event for path in tf.gfile.Glob(os.path.join(folder, 'events.*'))
+          for event in tf.train.summary_iterator(path)]
 
 
 class ScriptTestCase(tf.test.TestCase):
@@ -55,7 +63,7 @@ class ScriptTestCase(tf.test.TestCase):
     self.assertRegex(last_line(output), message)
 
   def check_checkpoint(self, log_dir):
-    """Reads every number of the newest checkpoint; returns its step."""
+    """Checks that all values of the newest checkpoint are finite; returns its step."""
     checkpoint = checkpoints.find(log_dir)
     reader = tf.train.load_checkpoint(checkpoint)
     names = reader.get_variable_to_shape_map()
@@ -94,16 +102,15 @@ class PipelineTest(ScriptTestCase):
 
   def test_tensorboard_has_it_all(self):
     steps, images, graphs = {}, set(), 0
-    for path in tf.gfile.Glob(os.path.join(self.trained_dir, 'events.out.tfevents.*')):
-      for event in tf.train.summary_iterator(path):
-        graphs += event.HasField('graph_def')
-        for value in event.summary.value:
-          if value.HasField('image'):
-            images.add(value.tag)
-            with Image.open(tf.gfile.Open(self.write_png(value.image), 'rb')) as image:
-              self.assertEqual(image.size, (71, 71))
-          else:
-            steps.setdefault(value.tag, []).append(event.step)
+    for event in events(self.trained_dir):
+      graphs += event.HasField('graph_def')
+      for value in event.summary.value:
+        if value.HasField('image'):
+          images.add(value.tag)
+          with Image.open(io.BytesIO(value.image.encoded_image_string)) as image:
+            self.assertEqual(image.size, (71, 71))
+        else:
+          steps.setdefault(value.tag, []).append(event.step)
     self.assertGreater(graphs, 0)
     self.assertEqual(images, {f'distorted_images/image/{i}' for i in range(4)})
     self.assertCountEqual(steps, [
@@ -111,11 +118,6 @@ class PipelineTest(ScriptTestCase):
         'learning_rate', 'gradient_norm', 'images_per_second', 'run'])
     self.assertEqual(steps['images_per_second'], list(range(1, 9)))
 
-  def write_png(self, image):
-    path = os.path.join(self.dir, 'image.png')
-    with open(path, 'wb') as f:
-      f.write(image.encoded_image_string)
-    return path
 
   def test_resumed_training_is_uninterrupted_training(self):
     options = [*TRAIN, '--num_clones', '2', '--log_dir', self.log_dir, '--max_number_of_steps']
@@ -158,12 +160,8 @@ class PipelineTest(ScriptTestCase):
     self.check_frozen_graph(pb, metrics)
 
   def check_eval_events(self, log_eval, metrics):
-    values = {}
-    for path in tf.gfile.Glob(os.path.join(log_eval, 'events.*')):
-      for event in tf.train.summary_iterator(path):
-        for value in event.summary.value:
-          self.assertEqual(event.step, 8)
-          values[value.tag] = value
+    values = {value.tag: value for event in events(log_eval) for value in event.summary.value
+              if event.step == 8}
     self.assertCountEqual(values, ['accuracy', 'losses/cross_entropy', 'macro_f1', 'metrics',
                                    'confusion_matrix', 'mistakes', 'predictions'])
     self.assertAllClose(values['accuracy'].simple_value, metrics['accuracy'])
@@ -194,7 +192,7 @@ class PipelineTest(ScriptTestCase):
     self.assertAllClose(self.run_in_tensorflow_2(pb, images), probabilities, atol=1e-5)
 
   def run_in_tensorflow_2(self, pb, images):
-    """The frozen graph's output in a program that uses nothing but TensorFlow 2."""
+    """Returns the frozen graph's output in a program that uses TensorFlow 2 only."""
     np.save(os.path.join(self.dir, 'images.npy'), images)
     program = textwrap.dedent('''
         import sys
@@ -216,7 +214,7 @@ class PipelineTest(ScriptTestCase):
 class InterruptionTest(ScriptTestCase):
 
   def train_until(self, step, *options):
-    """Starts training, returns when the log names `step`: the process, its output so far."""
+    """Trains until the log shows `step`; returns the running process and its output so far."""
     process = start(*TRAIN, '--log_dir', self.log_dir, *options)
     self.addCleanup(process.stdout.close)
     output = ''
@@ -228,7 +226,7 @@ class InterruptionTest(ScriptTestCase):
     raise AssertionError(f'Training ended early:\n{output}')
 
   def check_rerun(self, start_step):
-    """The same command goes on from the last checkpoint."""
+    """Checks that the same command continues from the last checkpoint."""
     returncode, output = run(*TRAIN, '--log_dir', self.log_dir, '--max_number_of_steps',
                              str(start_step + 1))
     self.assertEqual(returncode, 0, output)
@@ -241,7 +239,7 @@ class InterruptionTest(ScriptTestCase):
     process.kill()
     process.wait()
     step = self.check_checkpoint(self.log_dir)
-    self.assertGreaterEqual(step, 4)  # that of step 4 at the latest is whole by then
+    self.assertGreaterEqual(step, 4)  # step 4 has been saved by then
     self.check_rerun(step)
 
   def test_sigterm_saves(self):
@@ -253,6 +251,22 @@ class InterruptionTest(ScriptTestCase):
     self.assertGreaterEqual(step, 3)
     self.assertIn(f'Saved step {step} in', output)
     self.assertEqual(last_line(output), 'Stopped by SIGTERM: resume with the same command')
+
+  def test_sigterm_before_the_first_step_leaves_no_generated_code(self):
+    folder = os.path.join(self.dir, 'tmp')
+    os.mkdir(folder)
+    with mock.patch.dict(os.environ, TMPDIR=folder):
+      process = start(*TRAIN, '--log_dir', self.log_dir)
+    output = ''
+    for line in process.stdout:
+      output += line
+      if line.endswith(' trainable parameters\n'):
+        break
+    process.send_signal(signal.SIGTERM)  # the graph is built, but the hooks are not there yet
+    rest, _ = process.communicate(timeout=120)
+    self.assertIn(process.returncode, (0, -signal.SIGTERM), output + rest)
+    # AutoGraph writes code there that only a process which ends by itself deletes.
+    self.assertEqual([name for name in os.listdir(folder) if 'autograph' in name], [])
 
   def test_two_ctrl_c(self):
     process, _ = self.train_until(5, '--save_interval_steps', '2')
@@ -270,7 +284,7 @@ class InterruptionTest(ScriptTestCase):
     self.assertEqual(returncode, 0, output)
     expected = losses(output)
 
-    # Anywhere in a step; another place each time that the test runs.
+    # At random points within a step.
     kills = sorted(random.sample(range(2, 12), 3))
     delays = [random.uniform(0.0, 0.1) for _ in kills]
     message = f'killed after steps {kills} and {delays} seconds'
@@ -295,11 +309,11 @@ class InterruptionTest(ScriptTestCase):
                        f'{name}, {message}')
 
   def test_a_checkpoint_that_cannot_be_saved_leaves_the_one_before(self):
-    # As when the disk is full, but for anyone who runs the test.
+    # Fails like a full disk.
     os.makedirs(os.path.join(self.log_dir, 'model.ckpt-4.index'))
     self.assertEndsWithMessage(
         run(*TRAIN, '--log_dir', self.log_dir, '--save_interval_steps', '2'),
-        'Cannot save in .*log: .* The checkpoint before it is whole: make room, then resume')
+        'Cannot save in .*log: .* The previous checkpoint is intact: make room, then resume')
     step = self.check_checkpoint(self.log_dir)
     self.assertBetween(step, 1, 3)
     os.rmdir(os.path.join(self.log_dir, 'model.ckpt-4.index'))
@@ -343,12 +357,12 @@ class RecipeTest(ScriptTestCase):
                     f'{best["global_step"]} in 1 evaluations', output)
 
     values = {(value.tag, event.step): value.simple_value
-              for path in tf.gfile.Glob(os.path.join(self.log_dir, 'eval', 'events.*'))
-              for event in tf.train.summary_iterator(path) for value in event.summary.value}
+              for event in events(os.path.join(self.log_dir, 'eval'))
+              for value in event.summary.value}
     for step, accuracy in evaluations:
       self.assertAllClose(values['accuracy', step], accuracy, atol=1e-4)
 
-    # The same by the script, of the checkpoint that was kept.
+    # eval_flowers.py finds the same accuracy for the checkpoint that was kept.
     returncode, output = run('eval_flowers.py', '--dataset_dir', DATASET_DIR, '--checkpoint_path',
                              best_dir, '--log_eval', os.path.join(self.dir, 'log_eval'))
     self.assertEqual(returncode, 0, output)
@@ -374,11 +388,11 @@ class RecipeTest(ScriptTestCase):
 
     returncode, output = run(*options, '3')
     self.assertEqual(returncode, 0, output)
-    self.assertIn(f'--checkpoint_path {self.log_dir} is NOT used, because {tuned_dir} already '
-                  'holds step 2', output)
+    self.assertIn(f'--checkpoint_path {self.log_dir} is NOT used: training resumes from step 2 '
+                  f'in {tuned_dir}', output)
     self.assertEndsWithMessage(run(*TRAIN, '--log_dir', tuned_dir, '--optimizer', 'sgd'),
                                'model.ckpt-3 lacks 156 variables that this run needs, '
-                                'the first is Xception')
+                               'first Xception')
 
   def test_bfloat16_traces_and_histograms(self):
     returncode, output = run(
@@ -394,8 +408,7 @@ class RecipeTest(ScriptTestCase):
     bfloat16_ops = [event for event in events if 'bfloat16' in str(event.get('args', {})).lower()
                     or 'AutoMixedPrecision' in str(event.get('args', {}))]
     self.assertNotEmpty(bfloat16_ops)
-    tags = {value.tag for path in tf.gfile.Glob(os.path.join(self.log_dir, 'events.*'))
-            for event in tf.train.summary_iterator(path) for value in event.summary.value}
+    tags = {value.tag for event in events(self.log_dir) for value in event.summary.value}
     for kind in ('weights', 'gradients'):
       self.assertIn(f'{kind}/Xception/block14_dws_conv2/pointwise_weights', tags)
     reader = tf.train.load_checkpoint(checkpoints.find(self.log_dir))
@@ -406,7 +419,7 @@ class BadRecordTest(ScriptTestCase):
 
   def setUp(self):
     super().setUp()
-    # 40 of the shipped flowers a split, the fourth of them damaged.
+    # 40 of the shipped flowers in each split, the fourth of them damaged.
     self.dataset_dir = os.path.join(self.dir, 'dataset')
     os.mkdir(self.dataset_dir)
     shutil.copy(os.path.join(DATASET_DIR, 'labels.txt'), self.dataset_dir)
@@ -420,19 +433,18 @@ class BadRecordTest(ScriptTestCase):
         f.seek(sum(len(records[i]) + 16 for i in range(3)) + 100)
         f.write(b'damage')
 
-  def test_training_passes_over_a_bad_record(self):
+  def test_training_skips_a_bad_record(self):
     options = [*TRAIN, '--log_dir', self.log_dir, '--dataset_dir', self.dataset_dir,
                '--max_number_of_steps', '8']
     returncode, output = run(*options, '--max_bad_fraction', '0.05')
     self.assertEqual(returncode, 0, output)
     message = 'flowers_train_00000-of-00001.tfrecord, record 3: its checksum is wrong'
-    self.assertEqual(output.count(message), 1)  # though it came round twice
-    self.assertIn('Bad records passed over: 1', output)
-    # 8 steps of 8 images and two that were passed over or one.
+    self.assertEqual(output.count(message), 1)  # though it was skipped in two epochs
+    self.assertIn('Bad records skipped: 1', output)
+    # 8 steps of 8 images, and one or two that were skipped.
     self.assertBetween(checkpoints.next_image(checkpoints.find(self.log_dir)), 65, 66)
-    tags = {value.tag for path in tf.gfile.Glob(os.path.join(self.log_dir, 'events.*'))
-            for event in tf.train.summary_iterator(path) for value in event.summary.value}
-    self.assertIn('bad_records', tags)
+    self.assertIn('bad_records', {value.tag for event in events(self.log_dir)
+                                  for value in event.summary.value})
 
     result = run('eval_flowers.py', '--dataset_dir', self.dataset_dir, '--log_dir', self.log_dir)
     self.assertIn('flowers_validation_00000-of-00001.tfrecord, record 3: its checksum', result[1])
@@ -453,7 +465,7 @@ class BadRecordTest(ScriptTestCase):
         writer.write(flowers.make_example(b'', 'jpg', 4, 1, 1).SerializeToString())
     self.assertEndsWithMessage(
         run(*TRAIN, '--log_dir', self.log_dir, '--dataset_dir', self.dataset_dir,
-            '--batch_size', '2'), 'Not one of the first records can be used: .*, record 0: .')
+            '--batch_size', '2'), 'None of the first . records can be used: .*, record 0: .')
 
 
 class MistakeTest(ScriptTestCase):
@@ -473,7 +485,7 @@ class MistakeTest(ScriptTestCase):
   def test_batch_that_does_not_divide(self):
     self.assertEndsWithMessage(
         run(*TRAIN, '--log_dir', self.log_dir, '--num_clones', '3'),
-        '--batch_size 8 is the sum over all towers: it must divide by 3 towers')
+        '--batch_size 8 is the sum over all towers: it must be divisible by 3 towers')
 
   def test_more_gpus_than_there_are(self):
     self.assertEndsWithMessage(

@@ -1,7 +1,7 @@
-"""Checks that what was gained in speed is still there; run by `make benchmark`.
+"""Checks that gains in speed have not been lost; run by `make benchmark`.
 
-The bounds leave about half of each gain that README reports, of the CPU where it is
-the smaller: this is to notice a gain that is lost, not one that is smaller.
+The bounds are about half of each documented gain, so that a test fails if the gain is lost, not
+if it is smaller on another machine.
 """
 
 import functools
@@ -24,7 +24,7 @@ from deployment import precision
 from deployment import towers
 
 IMAGE_SIZE, BATCH_SIZE, NUM_STEPS, NUM_ROUNDS = 299, 8, 5, 3
-NUM_TRAINING_STEPS = 16  # each, in turns: the gains are a few hundredths
+NUM_TRAINING_STEPS = 16  # alternating: the gains are a few per cent
 
 PEER_BOUNDS = {
     ('train', 'float32', 'Keras train_on_batch'): 1.13,
@@ -37,15 +37,16 @@ PEER_BOUNDS = {
 
 
 def training_seconds(precision_name='float32'):
-  """Builds and warms up a training step; returns a function: the seconds of one more."""
+  """Builds and warms up a training step; returns a function that times one more."""
   config = towers.session_config(['/cpu:0'])
-  # What bfloat16 puts into the environment is not for the next step that is built.
+  # bfloat16 changes the environment, which must not affect the next step.
   with tf.Graph().as_default(), mock.patch.dict(os.environ):
     precision.set_session_options(config, precision_name, xla=False)
     step = network.build_training_step(BATCH_SIZE, IMAGE_SIZE, 1.0, ['/cpu:0'], precision_name,
                                        real_images=False)
     session = tf.Session(config=config)
     session.run(tf.global_variables_initializer())
+    session.run(tf.train.Scaffold.default_local_init_op())
     network.time_steps(lambda: session.run(step.train_op), 1)
 
   def seconds():
@@ -57,7 +58,7 @@ def training_seconds(precision_name='float32'):
 
 
 def inference_rate(fold):
-  """Images a second of a frozen graph in bfloat16, its batch norms folded or not."""
+  """Returns the images per second of a frozen graph in bfloat16, folded or not."""
   return network.measure_inference(BATCH_SIZE, IMAGE_SIZE, 1.0, ['/cpu:0'], 'bfloat16', False,
                                    NUM_STEPS, fold)['images_per_second']
 
@@ -102,7 +103,7 @@ class GainsTest(unittest.TestCase):
 
   def test_float32_operations_in_bfloat16_training(self):
     self.skip_without_bfloat16()
-    with mock.patch.object(build, 'load', lambda: None):  # which needs none of it
+    with mock.patch.object(build, 'load', lambda: None):  # which makes the lists unnecessary
       ours = training_seconds('bfloat16')
       with mock.patch.object(precision, 'FLOAT32_OPERATIONS', ()):
         grapplers = training_seconds('bfloat16')

@@ -215,7 +215,7 @@ class WritePbTest(tf.test.TestCase):
       checkpoint = small_model.write_checkpoint(log_dir)
       with open(f'{checkpoint}.index', 'wb') as f:
         f.write(b'damaged')
-      with self.assertRaisesRegex(checkpoints.CheckpointError, 'ckpt-7 cannot be restored'):
+      with self.assertRaisesRegex(checkpoints.CheckpointError, 'ckpt-7 cannot be read'):
         self.write(log_dir=log_dir)
 
   def test_without_a_dataset(self):
@@ -255,7 +255,7 @@ class WritePbTest(tf.test.TestCase):
     with open(os.path.join(folder, 'old'), 'w') as f:
       f.write('old')
     self.write('--noverify', '--formats', 'saved_model')
-    self.assertCountEqual(os.listdir(folder), ['saved_model.pb', 'variables'])
+    self.assertNotIn('old', os.listdir(folder))
     os.remove(os.path.join(folder, 'saved_model.pb'))
     with self.assertRaisesRegex(freeze.FreezeError, 'exists and is not a SavedModel'):
       self.write('--noverify', '--formats', 'saved_model')

@@ -1,4 +1,4 @@
-"""Evaluates inside training, keeps the best checkpoint apart, and stops when nothing improves."""
+"""Evaluation during training: keeps the best checkpoint and stops once nothing improves."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import tqdm
 from common import checkpoints
 from common import files
 from evaluation import metrics
+from training import log_folder
 
 BEST_DIR = 'best'  # in the log folder
 EVAL_DIR = 'eval'  # in the log folder, where eval_flowers.py writes too
@@ -16,10 +17,10 @@ METRICS_FILE = 'metrics.json'
 
 
 class EvaluationHook(tf.train.SessionRunHook):
-  """Saves and evaluates every so many steps.
+  """Saves and evaluates at regular intervals.
 
-  The best checkpoint, by accuracy and then by loss, is kept in `best` with its
-  metrics.json; eval_flowers.py and write_pb.py take it by
+  The best checkpoint, ranked by accuracy and then by loss, is kept in `best`
+  with its metrics.json; pass it to eval_flowers.py and write_pb.py as
   `--checkpoint_path log/best`. The validation curves go to `eval`.
 
   Attributes:
@@ -32,13 +33,13 @@ class EvaluationHook(tf.train.SessionRunHook):
 
     Args:
       evaluator: evaluation.Evaluator.
-      global_step: int64 [], as it is after the step.
+      global_step: int64 [], its value after the step.
       saver: tf.train.Saver of the checkpoints in log_dir.
-      log_dir: folder of the run.
+      log_dir: the run's folder.
       config: ModelConfig, stored beside the best checkpoint.
       every_n_steps: steps between two evaluations.
-      max_steps: the step that training ends with, which is evaluated too.
-      best: what `read_best` returned.
+      max_steps: the last step, which is always evaluated.
+      best: the result of `read_best`.
       patience: evaluations without improvement after which training stops, or None.
     """
     self.stopped_early = None
@@ -54,10 +55,7 @@ class EvaluationHook(tf.train.SessionRunHook):
     self._best = best
 
   def begin(self):
-    self._best_saver = tf.train.Saver(max_to_keep=1)
-    state = tf.train.get_checkpoint_state(self._best_dir)
-    if state:  # so that it is deleted when a better one comes
-      self._best_saver.recover_last_checkpoints(state.all_model_checkpoint_paths)
+    self._best_saver = log_folder.make_saver(self._best_dir, max_to_keep=1)
     self._writer = tf.summary.FileWriter(os.path.join(self._log_dir, EVAL_DIR))
 
   def before_run(self, run_context):
@@ -67,8 +65,9 @@ class EvaluationHook(tf.train.SessionRunHook):
     step = int(run_values.results)
     if step % self._every_n_steps and step != self._max_steps:
       return
-    checkpoint = self._saver.save(run_context.session, os.path.join(self._log_dir, 'model.ckpt'),
-                                  step, write_meta_graph=False)
+    checkpoint = self._saver.save(
+        run_context.session, os.path.join(self._log_dir, log_folder.CHECKPOINT_NAME), step,
+        write_meta_graph=False)
     found = self._evaluate(checkpoint, step)
     if self._best is None or _rank(found) > _rank(self._best):
       self._keep(run_context.session, found)
@@ -88,11 +87,11 @@ class EvaluationHook(tf.train.SessionRunHook):
     self._evaluator.close()
 
   def _evaluate(self, checkpoint, step):
-    """Returns the metrics of a checkpoint and adds them to TensorBoard."""
+    """Evaluates a checkpoint and adds its metrics to TensorBoard; returns them."""
     evaluation = self._evaluator(checkpoint)
     computed = metrics.compute(evaluation.labels, evaluation.probabilities, evaluation.losses)
     self._writer.add_summary(tf.Summary(value=[
-        # The tags of training: both curves share one chart.
+        # Training's tags, so that both curves share a chart.
         tf.Summary.Value(tag='accuracy', simple_value=computed.accuracy),
         tf.Summary.Value(tag='losses/cross_entropy', simple_value=computed.loss),
     ]), step)
@@ -103,18 +102,18 @@ class EvaluationHook(tf.train.SessionRunHook):
   def _keep(self, session, found):
     os.makedirs(self._best_dir, exist_ok=True)
     checkpoints.save_config(self._config, self._best_dir)
-    self._best_saver.save(session, os.path.join(self._best_dir, 'model.ckpt'),
+    self._best_saver.save(session, os.path.join(self._best_dir, log_folder.CHECKPOINT_NAME),
                           found['global_step'], write_meta_graph=False)
     files.write_atomically(os.path.join(self._best_dir, METRICS_FILE),
-                       (json.dumps(found, indent=2) + '\n').encode())
+                           (json.dumps(found, indent=2) + '\n').encode())
     self._best = found
 
 
 def read_best(log_dir):
-  """Returns global_step, accuracy and loss of the best checkpoint of log_dir; None without one.
+  """Returns global_step, accuracy and loss of log_dir's best checkpoint, or None.
 
   Raises:
-    checkpoints.CheckpointError: they cannot be read.
+    checkpoints.CheckpointError: metrics.json is damaged.
   """
   best_dir = os.path.join(log_dir, BEST_DIR)
   try:

@@ -1,7 +1,7 @@
-"""Training that starts from another run's weights, or trains a part of the network only.
+"""Fine-tuning: starts from another run's weights, or trains only a part of the network.
 
-Scopes are beginnings of variable names, as in TF-Slim's training script:
-`Xception/block14` means every layer whose name starts so.
+Scopes are prefixes of variable names, as in TF-Slim's training script:
+`Xception/block14` selects every layer whose name starts with it.
 """
 
 import collections
@@ -16,13 +16,13 @@ from common import checkpoints
 HEAD_SCOPE = 'Xception/Logits'
 
 Restoration = collections.namedtuple('Restoration', [
-    'init_fn',  # function of a Scaffold and a session, restores the weights
-    'report',  # sentence that tells what was restored and what was left out
+    'init_fn',  # a Scaffold's, restores the weights
+    'report',  # sentence on what was restored and what was left out
 ])
 
 
 def trainable_variables(trainable_scopes=()):
-  """Returns the trainable variables of the default graph that are in the scopes; () is all.
+  """Returns the default graph's trainable variables within the scopes; () selects all.
 
   Raises:
     checkpoints.CheckpointError: a scope has no trainable variable.
@@ -34,7 +34,7 @@ def trainable_variables(trainable_scopes=()):
 
 
 def moving_statistics(trainable_scopes=()):
-  """Returns the moving means and variances that training changes; () is all."""
+  """Returns the moving means and variances within the scopes; () selects all."""
   trainable = {variable.ref() for variable in tf.trainable_variables()}
   return [variable for variable in slim.get_model_variables()
           if variable.ref() not in trainable
@@ -42,10 +42,10 @@ def moving_statistics(trainable_scopes=()):
 
 
 def arg_scope(trainable_scopes=()):
-  """Returns an arg scope, for inside `xception_arg_scope()`, that freezes the other batch norms.
+  """Returns an arg scope, for use within `xception_arg_scope()`, that freezes other batch norms.
 
-  A batch norm outside of the scopes uses its moving statistics and leaves them
-  as they are: the layers behind it see what they will see at evaluation.
+  A batch norm outside the scopes normalizes with its moving statistics and does
+  not update them, so later layers see the same inputs as during evaluation.
   """
   def batch_norm(inputs, **kwargs):
     if not tf.get_variable_scope().name.startswith(tuple(trainable_scopes)):
@@ -58,22 +58,22 @@ def arg_scope(trainable_scopes=()):
 
 
 def restore(checkpoint_path, exclude_scopes=(), ignore_missing_vars=False):
-  """Prepares the weights of the default graph's network to come from a checkpoint.
+  """Prepares to restore the default graph's network from a checkpoint.
 
-  The head is left out if its number of classes is another one.
+  A head with a different number of classes is left out.
 
   Args:
-    checkpoint_path: a checkpoint, or a folder whose newest one is meant.
-    exclude_scopes: scopes of variables to leave as they are initialized.
-    ignore_missing_vars: whether variables that the checkpoint lacks are left
-      so too; otherwise they are an error.
+    checkpoint_path: a checkpoint, or a folder, which means its newest one.
+    exclude_scopes: scopes whose variables keep their initial values.
+    ignore_missing_vars: whether variables that the checkpoint lacks keep their
+      initial values; otherwise they are an error.
 
   Returns:
     A Restoration.
 
   Raises:
-    checkpoints.CheckpointError: no checkpoint, one that lacks variables or
-      whose variables have other shapes, or a scope without a variable.
+    checkpoints.CheckpointError: there is no checkpoint, its variables do not
+      fit, or a scope contains no variable.
   """
   checkpoint = checkpoints.find(None, checkpoint_path)
   stored = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
@@ -88,14 +88,13 @@ def restore(checkpoint_path, exclude_scopes=(), ignore_missing_vars=False):
   if misfits:
     name = misfits[0].op.name
     raise checkpoints.CheckpointError(
-        f'{checkpoint} is of another network: {len(misfits)} variables have other shapes, '
+        f'{checkpoint} holds another network: {len(misfits)} variables have other shapes, '
         f'{name} is {stored[name]} there and {misfits[0].shape.as_list()} here. Is '
         '--depth_multiplier the same?')
   if missing and (not ignore_missing_vars or len(missing) == len(wanted)):
     raise checkpoints.CheckpointError(
-        f'{checkpoint} lacks {len(missing)} of {len(wanted)} variables, the first is '
-        f'{missing[0]}. Leave them out with --checkpoint_exclude_scopes or '
-        '--ignore_missing_vars')
+        f'{checkpoint} lacks {len(missing)} of {len(wanted)} variables, first {missing[0]}. '
+        'Leave them out with --checkpoint_exclude_scopes or --ignore_missing_vars')
 
   restored = [variable for variable in found if variable not in others]
   if not restored:
@@ -107,7 +106,7 @@ def restore(checkpoint_path, exclude_scopes=(), ignore_missing_vars=False):
     report += (f'; its head is left out: {stored[head.op.name][-1]} classes there, '
                f'{head.shape.as_list()[-1]} here')
   if missing:
-    report += f'; {len(missing)} are not there, the first is {missing[0]}'
+    report += f'; {len(missing)} are missing, first {missing[0]}'
   return Restoration(lambda scaffold, session: saver.restore(session, checkpoint), report)
 
 
@@ -115,5 +114,5 @@ def _require_known(scopes, variables, option):
   for scope in scopes:
     if not any(variable.op.name.startswith(scope) for variable in variables):
       raise checkpoints.CheckpointError(
-          f'{option} {scope}: no variable begins so. Layers are called like '
+          f'{option} {scope}: no variable name starts with it. Layers have names such as '
           f'{variables[0].op.name.rpartition("/")[0]} and {HEAD_SCOPE}')

@@ -1,4 +1,4 @@
-"""Session hooks that show a training run's progress and stop it in good order."""
+"""Session hooks that report a training run's progress, trace it and stop it cleanly."""
 
 import functools
 import os
@@ -15,41 +15,42 @@ from records import flowers
 
 
 class ProgressHook(tf.train.SessionRunHook):
-  """Shows loss, accuracy and images a second: a bar on a terminal, else log lines.
+  """Shows loss, accuracy and images per second: a bar on a terminal, otherwise log lines.
 
-  The figures of a line are means over the steps since the line before. Images a
-  second go to TensorBoard too.
+  A line's figures are means over the steps since the previous line. Images per
+  second also go to TensorBoard.
   """
 
-  def __init__(self, global_step, loss, accuracy, batch_size, num_towers, num_samples,
-               max_steps, log_every_n_steps, summary_writer):
+  def __init__(self, global_step, next_image, loss, accuracy, batch_size, num_towers, plan,
+               log_every_n_steps, summary_writer):
     """Initializes the hook.
 
     Args:
-      global_step: int64 [], as it is after the step.
+      global_step: int64 [], its value after the step.
+      next_image: int64 [] variable, the number of images seen.
       loss, accuracy: float32 [], of the step.
       batch_size: images per step, summed over towers.
-      num_towers: number of towers that share them.
-      num_samples: images per epoch.
-      max_steps: the step that training ends with.
+      num_towers: number of towers on all workers.
+      plan: plan.Plan.
       log_every_n_steps: steps between two lines.
       summary_writer: tf.summary.FileWriter.
     """
+    self._next_image = next_image
     self._fetches = {'step': global_step, 'loss': loss, 'accuracy': accuracy}
     self._batch_size = batch_size
     self._num_towers = num_towers
-    self._num_samples = num_samples
-    self._max_steps = max_steps
+    self._plan = plan
     self._log_every_n_steps = log_every_n_steps
     self._summary_writer = summary_writer
     self._bar = None
 
+  def begin(self):
+    with tf.control_dependencies([self._fetches['step']]):
+      self._fetches['images'] = self._next_image.read_value()
+
   def after_create_session(self, session, coord):
-    # The variable itself: the fetch would take a step.
-    self._step = session.run(tf.train.get_global_step())
     if sys.stderr.isatty():
-      self._bar = tqdm.tqdm(total=self._max_steps * self._batch_size,
-                            initial=self._step * self._batch_size,
+      self._bar = tqdm.tqdm(total=self._plan.total_images, initial=self._plan.first_image,
                             unit=' images', dynamic_ncols=True)
     self._start_interval()
 
@@ -58,13 +59,13 @@ class ProgressHook(tf.train.SessionRunHook):
 
   def after_run(self, run_context, run_values):
     values = run_values.results
-    self._step = int(values['step'])
+    step = int(values['step'])
     self._losses.append(values['loss'])
     self._accuracies.append(values['accuracy'])
     if self._bar is not None:
-      self._bar.update(self._batch_size)
-    if self._step % self._log_every_n_steps == 0 or self._step == self._max_steps:
-      self._report()
+      self._bar.update(int(values['images']) - self._bar.n)
+    if step % self._log_every_n_steps == 0 or step == self._plan.max_steps:
+      self._report(step, int(values['images']))
       self._start_interval()
 
   def end(self, session):
@@ -75,34 +76,33 @@ class ProgressHook(tf.train.SessionRunHook):
     self._losses, self._accuracies = [], []
     self._interval_start = time.perf_counter()
 
-  def _report(self):
+  def _report(self, step, images):
     steps = len(self._losses)
     seconds_per_step = (time.perf_counter() - self._interval_start) / steps
     images_per_second = self._batch_size / seconds_per_step
     loss = sum(self._losses) / steps
     accuracy = sum(self._accuracies) / steps
-    epoch = self._step * self._batch_size / self._num_samples
+    epoch = images / self._plan.dataset.num_samples
     self._summary_writer.add_summary(
         tf.Summary(value=[tf.Summary.Value(tag='images_per_second',
-                                           simple_value=images_per_second)]), self._step)
+                                           simple_value=images_per_second)]), step)
     if self._bar is not None:
       self._bar.set_postfix_str(f'epoch {epoch:.1f}, loss {loss:.4f}, accuracy {accuracy:.3f}')
       return
-    remaining = time.strftime(
-        '%H:%M:%S', time.gmtime((self._max_steps - self._step) * seconds_per_step))
+    minutes, seconds = divmod(round((self._plan.max_steps - step) * seconds_per_step), 60)
     per_tower = (f', {images_per_second / self._num_towers:.1f} per tower'
                  if self._num_towers > 1 else '')
-    print(f'global step {self._step}/{self._max_steps}: loss = {loss:.4f}, '
+    print(f'global step {step}/{self._plan.max_steps}: loss = {loss:.4f}, '
           f'accuracy = {accuracy:.3f} ({seconds_per_step:.3f} sec/step, '
           f'{images_per_second:.1f} images/sec{per_tower}, epoch {epoch:.2f}, '
-          f'{remaining} left)', flush=True)
+          f'{minutes // 60:02}:{minutes % 60:02}:{seconds:02} left)', flush=True)
 
 
 class BadRecordsHook(tf.train.SessionRunHook):
-  """Counts the records that the input pipeline passed over, and stops if they are too many.
+  """Counts the records that the input pipeline skipped, and stops if there are too many.
 
-  Which ones they are follows from the positions that are missing in this
-  worker's row. Each record counts once, however often it comes round.
+  Gaps in the positions of this worker's images identify the records. A record
+  counts once, in however many epochs it is skipped.
 
   Attributes:
     too_many: why training was stopped, or None.
@@ -113,11 +113,11 @@ class BadRecordsHook(tf.train.SessionRunHook):
     """Initializes the hook.
 
     Args:
-      global_step: int64 [], as it is after the step.
+      global_step: int64 [], its value after the step.
       positions: int64 [images of this worker], from `flowers.load_numbered_batch`.
-      dataset, seed, first_image, batch_size: what it was called with.
-      workers: cluster.Workers or SingleWorker, who stop together.
-      max_bad_fraction: share of the records that may be bad, in [0, 1).
+      dataset, seed, first_image, batch_size: the arguments of that call.
+      workers: cluster.Workers or SingleWorker, to stop training on all of them.
+      max_bad_fraction: fraction of the records that may be bad, in [0, 1).
       summary_writer: tf.summary.FileWriter.
     """
     self.too_many = None
@@ -127,7 +127,7 @@ class BadRecordsHook(tf.train.SessionRunHook):
     self._position = functools.partial(
         flowers.training_position, first_image=first_image, batch_size=batch_size,
         worker=workers.index, num_workers=workers.size)
-    self._next_index = 0  # in this worker's row
+    self._next_index = 0  # of this worker's images
     self._workers = workers
     self._max_bad = max_bad_fraction * dataset.num_samples
     self._summary_writer = summary_writer
@@ -148,15 +148,15 @@ class BadRecordsHook(tf.train.SessionRunHook):
       if len(self._bad_numbers) > self._max_bad:
         self.too_many = (
             f'{len(self._bad_numbers)} of {self._dataset.num_samples} records are bad, more '
-            'than --max_bad_fraction allows. Make the dataset again, or allow more')
+            'than --max_bad_fraction allows. Recreate the dataset, or allow more')
         self._workers.request_stop(run_context)
 
   def end(self, session):
     if self._bad_numbers:
-      print(f'Bad records passed over: {len(self._bad_numbers)}', file=sys.stderr)
+      print(f'Bad records skipped: {len(self._bad_numbers)}', file=sys.stderr)
 
   def _find_missing(self, positions):
-    """Returns the positions that were passed over to get to these."""
+    """Returns the positions that were skipped before and between these."""
     missing = []
     for position in positions:
       while (expected := self._position(self._next_index)) != position:
@@ -170,21 +170,21 @@ class BadRecordsHook(tf.train.SessionRunHook):
       return
     self._bad_numbers.add(number)
     if len(self._bad_numbers) <= flowers.MAX_NAMED_BAD_RECORDS:
-      print(f'Warning: passing over {flowers.describe_bad_record(self._dataset, number)}',
+      print(f'Warning: skipping {flowers.describe_bad_record(self._dataset, number)}',
             file=sys.stderr, flush=True)
 
 
 class ProfileHook(tf.train.SessionRunHook):
-  """Traces chosen steps: into TensorBoard's graph, and as files for ui.perfetto.dev.
+  """Traces chosen steps, for TensorBoard's graph and as files for ui.perfetto.dev.
 
-  `timeline-100.json` in the log folder tells when each op of step 100 ran where.
+  `timeline-100.json` in the log folder shows when and where each op of step 100 ran.
   """
 
   def __init__(self, global_step, steps, log_dir, summary_writer):
     """Initializes the hook.
 
     Args:
-      global_step: int64 [], as it is after the step.
+      global_step: int64 [], its value after the step.
       steps: the steps to trace.
       log_dir: folder of the files.
       summary_writer: tf.summary.FileWriter.
@@ -209,22 +209,22 @@ class ProfileHook(tf.train.SessionRunHook):
       return
     trace = timeline.Timeline(run_values.run_metadata.step_stats).generate_chrome_trace_format()
     files.write_atomically(os.path.join(self._log_dir, f'timeline-{self._step}.json'),
-                       trace.encode())
+                           trace.encode())
     self._summary_writer.add_run_metadata(run_values.run_metadata, f'step {self._step}',
                                           self._step)
 
 
 class StopOnSignalHook(tf.train.SessionRunHook):
-  """Ends training after the running step on Ctrl-C or SIGTERM, so that it is saved.
+  """On Ctrl-C or SIGTERM, finishes the current step and stops training, which saves.
 
-  A second signal ends the process at once; the last checkpoint stays whole.
+  A second signal ends the process at once; the last checkpoint stays intact.
 
   Attributes:
-    received: the signal's name like 'SIGINT', or None.
+    received: name of the signal, such as 'SIGINT', or None.
   """
 
   def __init__(self, workers):
-    """Initializes the hook; `workers` are cluster.Workers or SingleWorker, who stop together."""
+    """Initializes the hook; it stops training on all `workers` (Workers or SingleWorker)."""
     self.received = None
     self._workers = workers
 

@@ -1,4 +1,4 @@
-"""The log folder of a training run: its lock, its model, and what each start was made with."""
+"""The log folder of a training run: its lock, its model and the record of its starts."""
 
 import contextlib
 import datetime
@@ -17,34 +17,41 @@ import tensorflow.compat.v1 as tf
 from common import checkpoints
 from common import files
 
+CHECKPOINT_NAME = 'model.ckpt'  # tf.train.CheckpointSaverHook's
 LOCK_FILE = 'train.lock'
 RUNS_FILE = 'runs.jsonl'
 
 
-class LockedError(Exception):
-  """Another process trains in the log folder."""
+class LogFolderError(Exception):
+  """The log folder cannot be used; the message says why."""
 
 
 @contextlib.contextmanager
 def lock(log_dir):
-  """Keeps every other training out of log_dir, which is created, while the context lasts.
+  """Creates log_dir and keeps every other training run out of it during the context.
 
-  The system lets go of the lock however the process ends, kill -9 included.
+  The system releases the lock however the process ends, even by kill -9.
 
   Yields:
     log_dir.
 
   Raises:
-    LockedError: another process holds it.
+    LogFolderError: another process holds the lock, or log_dir cannot be written to.
+    checkpoints.CheckpointError: TensorFlow cannot read checkpoints at this path.
   """
-  os.makedirs(log_dir, exist_ok=True)
-  with open(os.path.join(log_dir, LOCK_FILE), 'a+', encoding='utf-8') as f:
+  checkpoints.check_path(log_dir)
+  try:
+    os.makedirs(log_dir, exist_ok=True)
+    f = open(os.path.join(log_dir, LOCK_FILE), 'a+', encoding='utf-8')
+  except OSError as error:
+    raise LogFolderError(f'Cannot write to --log_dir {log_dir!r}: {error.strerror}') from error
+  with f:
     try:
       fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       f.seek(0)
-      raise LockedError(f'Process {f.read().strip() or "(unknown)"} is training in {log_dir}: '
-                        'wait for it, stop it, or choose another --log_dir') from error
+      raise LogFolderError(f'Process {f.read().strip() or "(unknown)"} is training in {log_dir}: '
+                           'wait for it, stop it, or choose another --log_dir') from error
     f.truncate(0)
     f.write(f'{os.getpid()}\n')
     f.flush()
@@ -52,19 +59,30 @@ def lock(log_dir):
 
 
 def scratch():
-  """Returns a context: a folder, removed at its end, of a worker that does not keep anything."""
+  """Returns a context with a temporary folder for a worker whose files nobody keeps."""
   return tempfile.TemporaryDirectory(prefix='train_flowers_')
 
 
+def make_saver(folder, max_to_keep):
+  """Returns a tf.train.Saver of the default graph that also deletes the folder's old checkpoints.
+
+  The paths that it stores are relative, so the folder can be moved.
+  """
+  saver = tf.train.Saver(max_to_keep=max_to_keep, save_relative_paths=True)
+  saver.recover_last_checkpoints([path for path in checkpoints.list_checkpoints(folder)
+                                  if os.path.basename(path).startswith(f'{CHECKPOINT_NAME}-')])
+  return saver
+
+
 def load_or_create_config(dataset, log_dir, checkpoint, image_size, depth_multiplier, seed):
-  """Stores what is trained in log_dir, or checks it against what is stored there.
+  """Stores the model's configuration in log_dir, or compares it with the one stored there.
 
   Args:
     dataset: slim Dataset of the training split.
     log_dir: folder of the checkpoints.
     checkpoint: the checkpoint in log_dir that training resumes from, or None.
-    image_size, depth_multiplier: as asked on the command line.
-    seed: int; None is drawn, or taken from log_dir.
+    image_size, depth_multiplier: as on the command line.
+    seed: int; None takes the stored one, or draws one.
 
   Returns:
     A ModelConfig.
@@ -86,11 +104,11 @@ def load_or_create_config(dataset, log_dir, checkpoint, image_size, depth_multip
 
 
 def record_start(log_dir, start_step, devices, summary_writer):
-  """Adds what this run was started with to runs.jsonl and, as text, to TensorBoard.
+  """Records this start's command, devices and versions in runs.jsonl and TensorBoard.
 
   Args:
-    log_dir: folder of the run.
-    start_step: the step that it starts from.
+    log_dir: the run's folder.
+    start_step: the step that training starts from.
     devices: device of each tower.
     summary_writer: tf.summary.FileWriter.
   """
@@ -116,7 +134,7 @@ def record_start(log_dir, start_step, devices, summary_writer):
 
 
 def _git_state():
-  """Returns the commit of the scripts, with + if files differ from it; None without git."""
+  """Returns the scripts' commit, with a + if files differ from it, or None without git."""
   def git(*args):
     return subprocess.run(['git', '-C', files.PROJECT_DIR, *args], check=True, capture_output=True,
                           text=True).stdout.strip()

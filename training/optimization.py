@@ -1,7 +1,7 @@
-"""How weights are optimized: recipes, learning rate schedules and optimizers.
+"""Recipes, learning rate schedules and optimizers.
 
-A `Recipe` holds every number that decides what the weights become; its fields
-are train_flowers.py's options, under TF-Slim's names.
+A `Recipe` holds every hyperparameter of the optimization. Its fields are
+train_flowers.py's options, under TF-Slim's names.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from common import arguments
 
 
 def _option(default, text, option_type=None, aliases=(), choices=None):
-  """Returns a dataclass field that carries its command-line option: see `options`."""
+  """Returns a dataclass field that also describes its command-line option; see `options`."""
   return dataclasses.field(default=default, metadata={
       'help': text, 'type': option_type, 'aliases': aliases, 'choices': choices})
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """How to optimize. Every field is a command-line option; the defaults are the flowers' recipe."""
+  """Hyperparameters, each a command-line option; the defaults are the recipe for the flowers."""
   optimizer: str = _option('adam', 'sgd uses momentum',
                            choices=['adam', 'adamw', 'rmsprop', 'sgd'])
   learning_rate: float = _option(
@@ -55,9 +55,9 @@ class Recipe:
       0.00001, 'L2 regularization of the kernels; decoupled from the gradient with adamw',
       arguments.non_negative_float)
   label_smoothing: float = _option(
-      0.0, 'share of the label that is spread over all classes', arguments.fraction)
+      0.0, 'fraction of the label that is spread over all classes', arguments.fraction)
   dropout_keep_prob: float = _option(
-      0.5, 'share of the features kept in front of the logits', arguments.keep_prob)
+      0.5, 'probability of keeping a feature before the logits', arguments.keep_prob)
   batch_norm_decay: float = _option(
       0.99, 'decay of the moving statistics, once warmed up', arguments.fraction)
   clip_gradient_norm: float = _option(
@@ -70,8 +70,8 @@ class Recipe:
 
 RECIPES = {
     'flowers': Recipe(),
-    # Chollet, section 4.3. The paper averages the weights but gives no decay: 0.9999 is
-    # that of TF-Slim's Inception.
+    # Chollet, section 4.3. The paper gives no decay for its average of the weights:
+    # 0.9999 is TF-Slim's for Inception.
     'imagenet': Recipe(
         optimizer='sgd', learning_rate=0.045, learning_rate_decay_type='exponential',
         learning_rate_decay_factor=0.94, num_epochs_per_decay=2.0, end_learning_rate=0.0,
@@ -84,32 +84,32 @@ RECIPES = {
 
 
 def describe(recipe):
-  """Returns the whole recipe as one line of text: adam, learning_rate 0.002, ..."""
+  """Returns the recipe as a line of text, like 'optimizer adam, learning_rate 0.002, ...'."""
   return ', '.join(f'{name} {value}' for name, value in dataclasses.asdict(recipe).items())
 
 
-def build_learning_rate(recipe, global_step, steps_per_epoch, batch_size, max_steps):
+def build_learning_rate(recipe, images_seen, num_samples, batch_size, total_images):
   """Returns the learning rate of this step, a float32 scalar tensor.
 
-  Time is counted in images seen, so it does not depend on the number of towers.
+  The schedule counts images, so it does not depend on the batch size or the number of towers.
 
   Args:
     recipe: a Recipe. Its schedule is one of
       'fixed': learning_rate;
       'exponential': learning_rate * learning_rate_decay_factor^decays, where
         decays is a whole number if `staircase`;
-      'polynomial': a line from learning_rate to end_learning_rate at max_steps;
+      'polynomial': a line from learning_rate to end_learning_rate at total_images;
       'cosine': half a cosine between the same two;
-      never below end_learning_rate, and during the warm-up times
-      (step + 1) / warm-up steps.
-    global_step: int64 [].
-    steps_per_epoch: float, steps in which as many images are seen as there are.
+      never below end_learning_rate, and multiplied by the fraction of the warm-up's
+      images seen after this step.
+    images_seen: int64 [], before this step.
+    num_samples: images per epoch.
     batch_size: images per step, summed over towers.
-    max_steps: the step that training ends with.
+    total_images: number of images seen at the end of training.
   """
-  step = tf.cast(global_step, tf.float64)  # float32 cannot count beyond 2^24
+  images = tf.cast(images_seen, tf.float64)  # float32 cannot count beyond 2^24
   highest, lowest = recipe.learning_rate, recipe.end_learning_rate
-  progress = tf.minimum(step / max_steps, 1.0)
+  progress = tf.minimum(images / total_images, 1.0)
   if recipe.learning_rate_decay_type == 'fixed':
     rate = tf.constant(highest, tf.float64)
   elif recipe.learning_rate_decay_type == 'polynomial':
@@ -117,15 +117,13 @@ def build_learning_rate(recipe, global_step, steps_per_epoch, batch_size, max_st
   elif recipe.learning_rate_decay_type == 'cosine':
     rate = lowest + (highest - lowest) * 0.5 * (1.0 + tf.cos(math.pi * progress))
   else:
-    steps_per_decay = (recipe.num_samples_per_decay / batch_size or
-                       recipe.num_epochs_per_decay * steps_per_epoch)
-    decays = step / steps_per_decay
+    decays = images / (recipe.num_samples_per_decay or recipe.num_epochs_per_decay * num_samples)
     if recipe.staircase:
       decays = tf.floor(decays)
     rate = highest * tf.cast(recipe.learning_rate_decay_factor, tf.float64)**decays
   rate = tf.maximum(rate, lowest)
   if recipe.warmup_epochs:
-    rate *= tf.minimum((step + 1.0) / (recipe.warmup_epochs * steps_per_epoch), 1.0)
+    rate *= tf.minimum((images + batch_size) / (recipe.warmup_epochs * num_samples), 1.0)
   return tf.cast(rate, tf.float32)
 
 
@@ -149,15 +147,15 @@ def build_optimizer(recipe, learning_rate):
 
 
 def l2_weight_decay(recipe):
-  """Returns the factor of the L2 loss of the kernels; adamw decays them without one."""
+  """Returns the factor of the kernels' L2 loss: 0 for adamw, which decays them itself."""
   return 0.0 if recipe.optimizer == 'adamw' else recipe.weight_decay
 
 
 class AdamWOptimizer(tf.train.AdamOptimizer):
-  """Adam whose weight decay does not go through the gradient (Loshchilov & Hutter, 2019).
+  """Adam with decoupled weight decay (Loshchilov & Hutter, 2019).
 
-  Before Adam's update, every kernel is multiplied by
-  1 - learning_rate * weight_decay; biases and batch norms are not.
+  Before Adam's update, kernels, but not biases and batch norms, are multiplied
+  by 1 - learning_rate * weight_decay.
   """
 
   def __init__(self, learning_rate, beta1, beta2, epsilon, weight_decay):
@@ -165,7 +163,7 @@ class AdamWOptimizer(tf.train.AdamOptimizer):
     self._weight_decay = weight_decay
 
   def _resource_apply_dense(self, grad, var):
-    if not var.op.name.endswith('weights'):  # slim's name of a kernel of any kind
+    if not var.op.name.endswith('weights'):  # as slim calls kernels of every kind
       return super()._resource_apply_dense(grad, var)
     decay = var.assign_sub(self._lr_t * self._weight_decay * var)
     with tf.control_dependencies([decay]):
@@ -178,7 +176,7 @@ def clip_gradients(gradients, norm, largest_norm):
   Args:
     gradients: list of (gradient, variable) pairs.
     norm: float32 [], their global norm.
-    largest_norm: float; 0 leaves them as they are.
+    largest_norm: float, the limit; 0 does not clip.
 
   Returns:
     List of (gradient, variable) pairs.
@@ -191,10 +189,10 @@ def clip_gradients(gradients, norm, largest_norm):
 
 
 def balanced_class_weights(counts):
-  """Returns a weight for each class such that all classes weigh the same in all.
+  """Returns class weights that give every class the same total weight.
 
   Args:
-    counts: images of each class, a list of ints greater than 0.
+    counts: number of images of each class, a list of ints greater than 0.
 
   Returns:
     List of floats, images / (classes * images of the class); their mean over

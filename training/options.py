@@ -16,11 +16,11 @@ import xception
 def parse_train_args(description, argv=None):
   """Parses the command line of train_flowers.py; returns an argparse.Namespace.
 
-  The defaults of the recipe's options are those of the recipe that it names.
+  --recipe sets the defaults of the options that belong to a recipe.
   """
   parser = arguments.ArgumentParser(
       description=description,
-      epilog='@FILE stands for the options in FILE, so that those of a run can be kept.')
+      epilog='@FILE reads options from FILE, so that those of a run can be kept.')
   _add_data_options(parser.add_argument_group('data'))
   _add_network_options(parser.add_argument_group('network'))
   _add_optimization_options(parser.add_argument_group('optimization'))
@@ -28,7 +28,7 @@ def parse_train_args(description, argv=None):
   _add_fine_tuning_options(parser.add_argument_group('fine-tuning'))
   _add_device_options(parser.add_argument_group('devices'))
   _add_cluster_options(parser.add_argument_group(
-      'cluster', 'Several machines train together if TF_CONFIG names them; see README.'))
+      'cluster', 'Several machines train together if TF_CONFIG lists them: see docs/cluster.md.'))
   _add_run_options(parser.add_argument_group('run'))
   recipe_name = parser.parse_known_args(argv)[0].recipe
   parser.set_defaults(**dataclasses.asdict(optimization.RECIPES[recipe_name]))
@@ -48,24 +48,24 @@ def _add_data_options(group):
   group.add_argument('--dataset_dir', default='dataset',
                      help='folder of the TFRecords and labels.txt')
   group.add_argument('--dataset_name', default=flowers.DATASET_NAME,
-                     help='first part of the files\' names')
+                     help='prefix of the file names')
   group.add_argument('--max_bad_fraction', type=arguments.fraction, default=0.01,
-                     help='share of the records that may be bad before training stops')
+                     help='fraction of the records that may be bad before training stops')
   group.add_argument('--batch_size', type=arguments.positive_int, default=16,
                      help='images per step, summed over towers')
   group.add_argument('--accumulate_steps', type=arguments.positive_int, default=1,
-                     help='parts of the batch that are computed one after the other, so that '
-                     'a large one fits into memory')
+                     help='parts of the batch, computed one after another so that a large '
+                     'batch fits into memory')
   group.add_argument('--image_size', '--train_image_size', type=arguments.image_size,
                      default=xception.xception.default_image_size,
                      help='height and width of the network\'s input in pixels, '
                      f'{xception.MIN_IMAGE_SIZE} or more')
   group.add_argument('--num_readers', type=arguments.positive_int, default=4,
-                     help='files read at the same time')
+                     help='number of files read in parallel')
   group.add_argument('--num_preprocessing_threads', type=arguments.num_threads,
                      default=tf.data.AUTOTUNE,
-                     help='images preprocessed at the same time; '
-                     f'{tf.data.AUTOTUNE} finds the best number')
+                     help='number of images preprocessed in parallel; '
+                     f'{tf.data.AUTOTUNE} tunes it')
 
 
 def _add_network_options(group):
@@ -76,19 +76,19 @@ def _add_network_options(group):
 
 def _add_optimization_options(group):
   group.add_argument('--recipe', choices=sorted(optimization.RECIPES), default='flowers',
-                     help="sets the defaults of the recipe's options and is printed when "
-                     "training starts; imagenet and jft are the paper's")
+                     help='sets the defaults of many options, which are printed when training '
+                     "starts; imagenet and jft are the paper's")
   group.add_argument('--num_epochs', type=arguments.positive_float, default=40.0,
                      help='number of passes over the training images')
   group.add_argument('--max_number_of_steps', type=arguments.positive_int,
-                     help='ends training at this step, if that comes first')
+                     help='step to stop at, if it comes before the end of --num_epochs')
   _add_recipe_options(
       group, 'learning_rate', 'learning_rate_decay_type', 'learning_rate_decay_factor',
       'num_epochs_per_decay', 'num_samples_per_decay', 'staircase', 'end_learning_rate',
       'warmup_epochs', 'weight_decay', 'label_smoothing')
   group.add_argument('--class_weights', choices=['none', 'balanced'], default='none',
-                     help='balanced gives every class the same total weight; reads all '
-                     'records once at the start')
+                     help='balanced gives every class the same total weight, and first reads '
+                     'all records once')
   _add_recipe_options(group, 'clip_gradient_norm', 'moving_average_decay')
 
 
@@ -98,7 +98,7 @@ def _add_optimizer_options(group):
 
 
 def _add_recipe_options(group, *names):
-  """Adds the options that fields of `optimization.Recipe` describe."""
+  """Adds the options that belong to these fields of `optimization.Recipe`."""
   fields = {field.name: field for field in dataclasses.fields(optimization.Recipe)}
   for name in names:
     option = fields[name].metadata
@@ -110,24 +110,24 @@ def _add_recipe_options(group, *names):
 
 def _add_fine_tuning_options(group):
   group.add_argument('--checkpoint_path',
-                     help='starts from the weights of this checkpoint, or of the newest in '
-                     'this folder; a head of another number of classes is left out')
+                     help='checkpoint, or folder whose newest checkpoint, to start from; a head '
+                     'with another number of classes is left out')
   group.add_argument('--checkpoint_exclude_scopes', type=arguments.scopes, default=(),
                      metavar='SCOPES',
-                     help='does not restore variables whose names begin so (separated by '
-                     'commas), like Xception/Logits')
+                     help='name prefixes, separated by commas, of variables not to restore, '
+                     'like Xception/Logits')
   group.add_argument('--trainable_scopes', type=arguments.scopes, default=(), metavar='SCOPES',
-                     help='trains variables whose names begin so, and no others; other batch '
-                     'norms keep their statistics')
+                     help='name prefixes, separated by commas, of the only variables to train; '
+                     'other batch norms keep their statistics')
   group.add_argument('--ignore_missing_vars', action='store_true',
-                     help='variables that the checkpoint lacks are left as initialized')
+                     help='initializes variables that the checkpoint lacks instead of failing')
 
 
 def _add_device_options(group):
   group.add_argument('--num_clones', type=arguments.positive_int,
                      help='number of towers (default: one on every GPU, or one on the CPU)')
   group.add_argument('--clone_on_cpu', action='store_true',
-                     help='puts the towers on the CPU, to try them without GPUs')
+                     help='places the towers on the CPU')
   group.add_argument('--precision', choices=precision.PRECISIONS, default='float32',
                      help='bfloat16 is faster on CPUs, float16 on GPUs; weights stay float32')
   group.add_argument('--xla', action='store_true', help='compiles the graph, on GPUs')
@@ -136,27 +136,27 @@ def _add_device_options(group):
 def _add_cluster_options(group):
   group.add_argument('--all_reduce_precision', choices=list(cluster.PRECISIONS),
                      default='float32',
-                     help='number format of gradients between workers; bfloat16 halves what '
-                     'travels and rounds to 3 digits')
+                     help='number format of the gradients that workers exchange; bfloat16 halves '
+                     'the traffic and rounds to 3 digits')
   group.add_argument('--startup_timeout_secs', type=arguments.positive_float, default=600,
-                     help='seconds from the start of this worker to its first step, after which '
-                     'it gives up waiting for the others')
+                     help='seconds that a worker waits at most for its first step, which needs '
+                     'all others')
   group.add_argument('--step_timeout_secs', type=arguments.positive_float, default=120,
-                     help='seconds between two steps after which the others are taken for dead; '
-                     'more than a checkpoint or an evaluation takes')
+                     help='seconds without a step after which the other workers count as dead; '
+                     'must exceed the time of a checkpoint or an evaluation')
   group.add_argument('--check_weights_steps', type=arguments.positive_int, default=100,
-                     help='steps between two comparisons of the workers\' weights, which must '
-                     'be the same to the bit')
+                     help="steps between two comparisons of the workers' weights, which must "
+                     'be bit-identical')
 
 
 def _add_run_options(group):
   group.add_argument('--log_dir', '--train_dir', default='./log',
                      help='folder of checkpoints and TensorBoard events')
   group.add_argument('--seed', type=arguments.non_negative_int,
-                     help='of the weights, the order and the distortions (default: drawn '
-                     'for a new --log_dir, kept for an old one)')
+                     help='seed of the initial weights, the order of the images and their '
+                     'distortions (default: drawn for a new --log_dir, kept for an old one)')
   group.add_argument('--log_every_n_steps', type=arguments.positive_int, default=10,
-                     help='steps between two lines of progress')
+                     help='steps between two progress lines')
   group.add_argument('--save_summaries_secs', type=arguments.positive_float, default=10,
                      help='seconds between two TensorBoard points')
   group.add_argument('--histograms_every_n_steps', type=arguments.positive_int,
@@ -165,12 +165,12 @@ def _add_run_options(group):
   group.add_argument('--profile_steps', type=arguments.positive_int, nargs='+', metavar='STEP',
                      help='writes a trace of these steps (default: none)')
   group.add_argument('--eval_every_epochs', type=arguments.positive_float,
-                     help='epochs between two evaluations on the validation split, the best of '
-                     'which is kept in LOG_DIR/best (default: none)')
+                     help='epochs between two evaluations on the validation split; the best '
+                     'checkpoint is kept in LOG_DIR/best (default: none)')
   group.add_argument('--early_stop_patience', type=arguments.positive_int, metavar='N',
-                     help='stops after N evaluations without progress (default: never)')
+                     help='stops after N evaluations without improvement (default: never)')
   group.add_argument('--max_to_keep', type=arguments.positive_int, default=5,
-                     help='newest checkpoints that are kept')
+                     help='number of checkpoints to keep')
   group = group.add_mutually_exclusive_group()
   group.add_argument('--save_interval_secs', type=arguments.positive_float, default=600,
                      help='seconds between two checkpoints')

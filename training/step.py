@@ -31,7 +31,7 @@ TrainStep = collections.namedtuple('TrainStep', [
     'loss',  # float32 [], including regularization, before the update
     'accuracy',  # float32 [], top-1 of the batch
     'positions',  # int64 [images of this worker], in the endless sequence of images
-    'finite_check',  # the op that fails if the loss or a gradient is not finite
+    'finite_check',  # op that fails if the loss or a gradient is not finite
     'scalar_summaries',  # string []
     'image_summaries',  # string []
     'histogram_summaries',  # string [], of weights and gradients
@@ -50,12 +50,10 @@ def tower_loss(images, labels, positions, num_classes, is_training, depth_multip
     images: float32 [batch, height, width, 3] in [-1, 1].
     labels: int64 [batch] in [0, num_classes).
     positions: int64 [batch], the images' positions in the endless sequence.
-    num_classes, is_training, depth_multiplier, dropout_keep_prob: see
-      `xception.xception`.
+    num_classes, is_training, depth_multiplier, dropout_keep_prob: see `xception.xception`.
     label_smoothing: float in [0, 1), share of the label spread over all classes.
-    seed: int, seed of dropout, which also depends on the position.
-    class_weights: list of num_classes floats that multiply the images' losses,
-      or None.
+    seed: int, seed of dropout, which also depends on the first position.
+    class_weights: list of num_classes floats that multiply the images' losses, or None.
 
   Returns:
     cross_entropy: float32 [], mean over the images, without regularization.
@@ -76,26 +74,34 @@ def tower_loss(images, labels, positions, num_classes, is_training, depth_multip
 def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rate, devices,
                      global_step, accumulate_steps=1, clip_gradient_norm=0.0,
                      moving_average_decay=0.0, trainable_scopes=(),
-                     workers=cluster.SingleWorker(), all_reduce_precision='float32'):
-  """Builds one step: towers, averaged gradients, the update of the weights.
+                     workers=cluster.SingleWorker(), all_reduce_precision='float32',
+                     prefetch=None):
+  """Builds one step: towers, average of their gradients, update of the weights.
 
   Args:
     images, labels, positions: this worker's part of the global batch, from
       `flowers.load_numbered_batch`.
-    loss_fn: `tower_loss` with all arguments bound but images, labels and positions.
+    loss_fn: `tower_loss` with all arguments bound except images, labels and positions.
     optimizer: tf.train.Optimizer.
     learning_rate: float32 [], for the summaries.
     devices: device of each tower.
     global_step: int64 [] variable, incremented by the step.
-    accumulate_steps: int, number of parts in which a tower computes its images.
+    accumulate_steps: int, number of parts that a tower's images are processed in.
     clip_gradient_norm, moving_average_decay: see `optimization.Recipe`.
     trainable_scopes: see `fine_tuning`.
     workers: cluster.Workers or SingleWorker.
     all_reduce_precision: see `workers.average`.
+    prefetch: whether to use `towers.prefetch`; None does so on GPUs.
 
   Returns:
     A TrainStep.
   """
+  parts, fetch_next = towers.split_batch(devices, images, labels, positions), tf.no_op()
+  if towers.on_gpus(devices) if prefetch is None else prefetch:
+    parts, fetch_next = towers.prefetch(devices, parts)
+    with tf.device('/cpu:0'):  # the batch of this step, not the one that is fetched
+      images, _, positions = (tf.concat(column, 0) for column in zip(*parts))
+
   def tower(*tower_batch):
     with operations.replace_slow_operations():
       cross_entropy, accuracy = loss_fn(*tower_batch)
@@ -103,7 +109,7 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
     return cross_entropy, accuracy, optimizer.compute_gradients(cross_entropy, variables)
 
   losses, accuracies, tower_gradients = zip(*towers.replicate(
-      towers.accumulate(tower, accumulate_steps), devices, images, labels, positions))
+      towers.accumulate(tower, accumulate_steps), devices, parts))
 
   with tf.device(towers.variables_device(devices)):
     # Every tower waits here for the slowest one.
@@ -115,7 +121,7 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
     gradients, regularization = _add_regularization(gradients)
     loss = tf.add(cross_entropy, regularization, name='total_loss')
     gradient_norm = tf.global_norm([gradient for gradient, _ in gradients])
-    # Checked before the update: weights that are saved are never NaN.
+    # Checked before the update, so that saved weights are never NaN.
     finite_check = tf.debugging.check_numerics(
         loss if precision.scales_loss(optimizer) else loss + gradient_norm,
         'loss or gradient', name='finite_check')
@@ -127,6 +133,7 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
           global_step, last_position + 1, moving_average_decay)
     with tf.control_dependencies([train_op]):
       step_after = global_step.read_value()
+    train_op = tf.group(train_op, fetch_next)
 
   scalars = {'losses/total_loss': loss, 'losses/cross_entropy': cross_entropy,
              'losses/regularization': regularization, 'accuracy': accuracy,
@@ -136,10 +143,10 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
 
 
 def _add_regularization(gradients):
-  """Adds the L2 loss's gradients once, since all towers share the weights.
+  """Adds the gradients of the L2 loss once, since all towers share the weights.
 
   Returns:
-    List of (gradient, variable) pairs, and the L2 loss, float32 [].
+    List of (gradient, variable) pairs; the L2 loss, float32 [].
   """
   regularization = tf.losses.get_regularization_loss()
   decays = tf.gradients(regularization, [variable for _, variable in gradients])
@@ -147,13 +154,21 @@ def _add_regularization(gradients):
           for (gradient, variable), decay in zip(gradients, decays)], regularization
 
 
+def get_or_create_next_image():
+  """Returns the variable of the position after the last image seen, int64 [].
+
+  It is saved with the weights, so that a resumed run continues there.
+  """
+  with tf.variable_scope('', reuse=tf.AUTO_REUSE):
+    return tf.get_variable(checkpoints.NEXT_IMAGE, [], tf.int64, tf.zeros_initializer(),
+                           trainable=False)
+
+
 def _build_update(optimizer, gradients, global_step, next_image, moving_average_decay):
   """Returns the op that updates weights, averages, step and position in the data."""
-  # Saved with the weights: the image that a resumed run continues with.
-  next_image_variable = tf.get_variable(checkpoints.NEXT_IMAGE, [], tf.int64,
-                                        tf.zeros_initializer(), trainable=False)
-  train_op = tf.group(next_image_variable.assign(next_image),
-                      optimizer.apply_gradients(gradients, global_step))
+  # The position comes last, because the learning rate of this step depends on it.
+  with tf.control_dependencies([optimizer.apply_gradients(gradients, global_step)]):
+    train_op = get_or_create_next_image().assign(next_image)
   if moving_average_decay:
     averages = tf.train.ExponentialMovingAverage(moving_average_decay, global_step)
     with tf.control_dependencies([train_op]):
@@ -162,7 +177,7 @@ def _build_update(optimizer, gradients, global_step, next_image, moving_average_
 
 
 def _build_summaries(scalars, images, gradients):
-  """Returns the scalar, image and histogram summaries of a step, string [] each."""
+  """Returns the scalar, image and histogram summaries of a step, each string []."""
   return (
       tf.summary.merge([tf.summary.scalar(name, scalar) for name, scalar in scalars.items()]),
       tf.summary.image('distorted_images', images, MAX_IMAGE_SUMMARIES),
@@ -171,57 +186,55 @@ def _build_summaries(scalars, images, gradients):
                         for kind, tensor in (('weights', variable), ('gradients', gradient))]))
 
 
-def run_training(train_step, hooks, log_dir, session_config, start_step, max_steps, scaffold,
-                 workers):
-  """Runs training steps until max_steps or a signal.
+def run_training(train_step, hooks, plan, session_config, scaffold, workers):
+  """Runs training steps until the plan's last step, or until a signal arrives.
 
   Args:
     train_step: TrainStep of the default graph.
     hooks: session hooks.
-    log_dir: folder of checkpoints and events; a checkpoint in it is restored.
+    plan: plan.Plan; its checkpoint is restored.
     session_config: tf.ConfigProto.
-    start_step, max_steps: the steps at which training starts and ends.
-    scaffold: tf.train.Scaffold; its init_fn restores weights from elsewhere if
-      log_dir holds no checkpoint.
+    scaffold: tf.train.Scaffold; its init_fn runs only if the plan has no checkpoint.
     workers: cluster.Workers or SingleWorker.
 
   Returns:
-    The step reached, and the name of the signal or the worker that ended
-    training, or None.
+    The step reached, and the name of the signal or worker that stopped training,
+    or None.
 
   Raises:
     TrainingError: the loss or a gradient was not finite, or saving failed.
     cluster.ClusterError: another worker is gone.
   """
   stop_on_signal = training_hooks.StopOnSignalHook(workers)
-  hooks = [stop_on_signal, tf.train.StopAtStepHook(last_step=max_steps), *hooks]
-  reached = start_step
+  hooks = [stop_on_signal, tf.train.StopAtStepHook(last_step=plan.max_steps), *hooks]
+  reached = plan.start_step
   try:
-    # No MonitoredSession: it would recreate its session for ever once another worker is gone.
+    # MonitoredSession would recreate its session forever once another worker is gone.
     with tf.train.SingularMonitoredSession(
-        hooks, scaffold, workers.master, session_config, checkpoint_dir=log_dir) as session:
+        hooks, scaffold, workers.master, session_config,
+        checkpoint_filename_with_path=plan.checkpoint) as session:
       while not session.should_stop():
         _, reached = session.run([train_step.train_op, train_step.global_step])
   except tf.errors.OpError as error:
-    if explained := _explain(error, train_step, log_dir, reached, workers):
+    if explained := _explain(error, train_step, plan.log_dir, reached, workers):
       raise explained from error
     raise
   return reached, stop_on_signal.received or workers.stopped_by
 
 
 def _explain(error, train_step, log_dir, reached, workers):
-  """Returns the exception that tells a user what a failed session means, or None."""
+  """Returns the exception that explains a session's failure to the user, or None."""
   if error.op is train_step.finite_check:
     in_log_dir = f' in {log_dir}' if workers.is_chief else ''
     return TrainingError(
         f'The loss or a gradient is not finite at step {reached + 1}. The weights were '
         f'not updated with it; the last checkpoint{in_log_dir} is good. A smaller '
         '--learning_rate may help')
-  # What fails outside of a session has no op: it is a file.
+  # Only file operations fail outside a session, without an op.
   if error.op is None or error.op.type in SAVE_OPS:
     return TrainingError(
-        f'Cannot save in {log_dir}: {error.message.splitlines()[0]}. The '
-        'checkpoint before it is whole: make room, then resume with the same command')
+        f'Cannot save in {log_dir}: {error.message.splitlines()[0]}. The previous '
+        'checkpoint is intact: make room, then resume with the same command')
   if error.op.type == 'RestoreV2':
     return TrainingError(f'Cannot restore the newest checkpoint of {log_dir}: '
                          f'{error.message.splitlines()[0]}')

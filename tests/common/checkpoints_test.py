@@ -1,5 +1,8 @@
-"""Tests of finding checkpoints, and of which weights are restored from them."""
+"""Tests of finding checkpoints and restoring weights from them."""
 
+import contextlib
+import glob
+import io
 import os
 import shutil
 import tempfile
@@ -40,27 +43,87 @@ class CheckpointsTestCase(tf.test.TestCase):
 
 class FindTest(CheckpointsTestCase):
 
+  def remove(self, pattern):
+    for path in glob.glob(f'{self.prefix}{pattern}'):
+      os.remove(path)
+
   def test_newest_of_a_folder_or_one_by_name(self):
     first, second = self.save(1), self.save(2)
     self.assertEqual(checkpoints.find(self.dir), second)
     self.assertEqual(checkpoints.find('elsewhere', self.dir), second)
     self.assertEqual(checkpoints.find('elsewhere', first), first)
 
+  def test_a_file_of_a_checkpoint_means_the_checkpoint(self):
+    first, second = self.save(1), self.save(2)
+    for suffix in ('.index', '.meta', '.data-00000-of-00001', '/'):
+      self.assertEqual(checkpoints.find(None, first + suffix), first)
+    self.assertEqual(checkpoints.find(None, os.path.join(self.dir, 'checkpoint')), second)
+
   def test_none(self):
     for path in (self.dir, self.prefix + '-3', os.path.join(self.dir, 'nowhere')):
       with self.assertRaisesRegex(checkpoints.CheckpointError, f'No checkpoint in {path}: run '):
         checkpoints.find(path)
-    checkpoint = self.save(1)
-    for path in tf.gfile.Glob(checkpoint + '.*'):
-      os.remove(path)
-    with self.assertRaisesRegex(checkpoints.CheckpointError, 'No checkpoint in'):
+
+  def test_the_file_checkpoint_may_be_missing_damaged_or_edited(self):
+    saved = [self.save(step) for step in (9, 10)]
+    state = os.path.join(self.dir, 'checkpoint')
+    for content in (None, '', 'model_checkpoint_path', b'\xff\xfe'):
+      os.remove(state)
+      if content is not None:
+        with open(state, 'wb') as f:
+          f.write(content if isinstance(content, bytes) else content.encode())
+      self.assertEqual(checkpoints.list_checkpoints(self.dir), saved)
+      open(state, 'a').close()
+    with open(state, 'w', encoding='utf-8') as f:
+      f.write('model_checkpoint_path: "model.ckpt-9"\n')
+    self.assertEqual(checkpoints.find(self.dir), saved[0])
+
+  def test_a_folder_that_was_copied_or_moved(self):
+    self.save(2)
+    copy = os.path.join(self.dir, 'copy')
+    os.mkdir(copy)
+    for path in glob.glob(f'{self.dir}/*.*') + [f'{self.dir}/checkpoint']:
+      shutil.copy(path, copy)
+    self.assertEqual(checkpoints.find(copy), os.path.join(copy, 'model.ckpt-2'))
+    self.remove('*')  # the original
+    self.assertEqual(checkpoints.find(copy), os.path.join(copy, 'model.ckpt-2'))
+
+  def test_an_incomplete_newest_checkpoint(self):
+    first, _ = self.save(1), self.save(2)
+    self.remove('-2.index')
+    self.assertEqual(checkpoints.list_checkpoints(self.dir), [first])
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+      self.assertEqual(checkpoints.find(self.dir), first)
+    self.assertIn(f'model.ckpt-2, the newest checkpoint of {self.dir}, is incomplete: using',
+                  stderr.getvalue())
+    self.remove('-1.data*')
+    with self.assertRaisesRegex(
+        checkpoints.CheckpointError,
+        r'holds parts of checkpoints \(checkpoint, model.ckpt-1.index, .*Copy the missing files'):
       checkpoints.find(self.dir)
+
+
+  def test_what_is_no_checkpoint(self):
+    for name, message in (('model.h5', 'is a Keras file: convert it with convert_keras_weights.py'),
+                          ('model.ckpt-1.index', 'No checkpoint in')):
+      path = os.path.join(self.dir, name)
+      open(path, 'w').close()
+      with self.assertRaisesRegex(checkpoints.CheckpointError, message):
+        checkpoints.find(None, path)
+
+  def test_paths_that_tensorflow_cannot_read(self):
+    for path, message in (('log[1]', r'contains \[, which TensorFlow reads as a pattern'),
+                          ('what?', r'contains \?'), ('a*b', r'contains \*'),
+                          ('gs://bucket/log', 'is a URL'), ('caf\udce9', 'is not UTF-8')):
+      with self.assertRaisesRegex(checkpoints.CheckpointError, message):
+        checkpoints.check_path(path)
+    checkpoints.check_path('/tmp/a folder (2)/Löwenzahn-{1}')
 
 
 class InferenceSaverTest(CheckpointsTestCase):
 
   def restore(self, checkpoint, use_averages):
-    """Value of the weight, and whether it is said to be an average."""
+    """Returns the weight, and whether the saver calls it an average."""
     with tf.Graph().as_default(), tf.Session() as session:
       weight = model_variable()
       saver, uses_averages = checkpoints.inference_saver(checkpoint, use_averages)
@@ -89,7 +152,7 @@ class SameVariablesTest(CheckpointsTestCase):
       checkpoints.check_same_variables(checkpoint)
       tf.train.MomentumOptimizer(0.1, 0.9).minimize(weight * 2.0)
       with self.assertRaisesRegex(checkpoints.CheckpointError,
-                                  'lacks 1 variables that this run needs, the first is '
+                                  'lacks 1 variables that this run needs, first '
                                   'layer/weights/Momentum'):
         checkpoints.check_same_variables(checkpoint)
 
@@ -98,7 +161,7 @@ class SameVariablesTest(CheckpointsTestCase):
     with tf.Graph().as_default():
       model_variable()
       with self.assertRaisesRegex(checkpoints.CheckpointError,
-                                  'has 1 variables that this run lacks, the first is '
+                                  'has 1 variables that this run lacks, first '
                                   'layer/weights/ExponentialMovingAverage'):
         checkpoints.check_same_variables(checkpoint)
 

@@ -1,4 +1,4 @@
-"""Tests that the operations of build.cc are TensorFlow's, and how they are built."""
+"""Tests that the kernels compute what TensorFlow's operations do, and how they are built."""
 
 import contextlib
 import hashlib
@@ -45,13 +45,13 @@ class OperationsTest(tf.test.TestCase):
                           atol=relative * np.abs(wanted).max())
 
   def batch_norms(self, shape, dtype, relu, mean=0.0):
-    """Returns this project's and TensorFlow's outputs, statistics and gradients, as tensors."""
+    """Returns the outputs, statistics and gradients of our operations and of TensorFlow's."""
     images = tf.cast(self.normal(*shape, mean=mean), dtype)
     scale, offset = self.normal(shape[-1]), self.normal(shape[-1])
     theirs, their_mean, their_variance, *reserved = tf.raw_ops.FusedBatchNormV3(
         x=tf.cast(images, tf.float32), scale=scale, offset=offset, mean=[], variance=[],
         epsilon=EPSILON)
-    # Rounding decides what a ReLU lets pass at 0: no gradient comes from there.
+    # Near 0 rounding decides whether a ReLU is active: no gradient comes from there.
     gradient = self.normal(*shape) * tf.cast(tf.abs(theirs) > 0.01, tf.float32)
     gradient = tf.cast(gradient, dtype)
     passed = tf.cast(gradient, tf.float32)
@@ -71,7 +71,7 @@ class OperationsTest(tf.test.TestCase):
             [theirs, their_mean, their_variance, *their_gradients])
 
   def test_batch_norm(self):
-    # Channels and pixels that are no multiples of anything, few pixels, many parts.
+    # Odd numbers of channels and pixels, few pixels, many parts.
     for shape in ((2, 7, 5, 21), (1, 1, 2, 3), (8, 19, 19, 40)):
       for relu in (False, True):
         with self.subTest(shape=shape, relu=relu), tf.Graph().as_default():
@@ -92,7 +92,7 @@ class OperationsTest(tf.test.TestCase):
   def test_batch_norm_in_bfloat16(self):
     with tf.Graph().as_default():
       ours, theirs = evaluate(self.batch_norms((8, 19, 19, 40), tf.bfloat16, relu=True))
-    # Of images: rounded to 8 bits. Of channels: computed in float32 from the same images.
+    # Images are rounded to 8 bits; sums over them are computed in float32.
     self.assertClose(ours[0:4:3], theirs[0:4:3], 2**-8)
     self.assertClose(ours[1:3] + ours[4:], theirs[1:3] + theirs[4:], 1e-5)
 
@@ -117,7 +117,7 @@ class OperationsTest(tf.test.TestCase):
     self.assertAllEqual(output, np.full([2, 8, 8, 20], 0.25))
 
   def depthwise(self, shape, dtype, relu):
-    """Returns this project's and TensorFlow's output and gradients, as tensors."""
+    """Returns the outputs and gradients of our operations and of TensorFlow's."""
     images, gradient = (tf.cast(self.normal(*shape), dtype) for _ in range(2))
     kernel = self.normal(3, 3, shape[-1], 1)
     ours = self.kernels.xception_depthwise(images, kernel, relu=relu)
@@ -142,11 +142,8 @@ class OperationsTest(tf.test.TestCase):
     self.assertClose(ours[2:], theirs[2:], 1e-5)
 
   def batch_norm_depthwises(self, shape, dtype):
-    """Returns this project's and TensorFlow's outputs, statistics and gradients, as tensors.
-
-    And the batch norm's output.
-    """
-    # A gap around the mean: at 0 rounding would decide what the ReLU lets pass.
+    """Returns what `batch_norms` does, and the output of the batch norm."""
+    # A gap around the mean: near 0 rounding would decide whether the ReLU is active.
     signs, distances = np.sign(self.random.normal(size=shape)), self.random.normal(size=shape)
     images = tf.cast(tf.constant(signs * (1 + np.abs(distances)), tf.float32), dtype)
     scale, offset = (tf.constant(self.random.choice([-1, 1], shape[-1]) *
@@ -167,24 +164,24 @@ class OperationsTest(tf.test.TestCase):
     return ([tf.cast(each, tf.float32) for each in (output, mean, variance, *gradients)],
             [theirs, their_mean, their_variance, *their_gradients], normalized)
 
-  def test_batch_norm_and_depthwise_in_one(self):
+  def test_fused_batch_norm_and_depthwise(self):
     for shape in ((2, 7, 5, 40), (1, 2, 1, 17), (1, 1, 9, 16), (3, 19, 19, 56)):
       with self.subTest(shape=shape), tf.Graph().as_default():
         ours, theirs, normalized = evaluate(self.batch_norm_depthwises(shape, tf.float32))
         self.assertGreater(np.abs(normalized).min(), 1e-3)
         self.assertClose(ours, theirs, 1e-5)
 
-  def test_batch_norm_and_depthwise_in_bfloat16(self):
+  def test_fused_batch_norm_and_depthwise_in_bfloat16(self):
     with tf.Graph().as_default():
       ours, theirs, _ = evaluate(self.batch_norm_depthwises((3, 19, 19, 56), tf.bfloat16))
     self.assertClose(ours[0:4:3], theirs[0:4:3], 2**-8)
     self.assertClose(ours[1:3] + ours[4:], theirs[1:3] + theirs[4:], 1e-5)
 
   def test_rounding_to_bfloat16_is_tensorflows(self):
-    # Ties, what rounds up to infinity, infinities, and what is no number.
+    # Ties, a value that rounds up to infinity, infinities and NaN.
     values = np.float32([0, 1, 1 + 2**-8, 1 + 3 * 2**-8, -1.003, 3.4e38, 1e-30, np.inf, -np.inf,
                          np.nan, -np.nan])
-    channels = np.tile(values, 4)  # whole vectors of a processor, and what is left
+    channels = np.tile(values, 4)  # whole vectors of the processor and a rest
     with tf.Graph().as_default():
       wanted = evaluate(tf.cast(tf.cast(channels, tf.bfloat16), tf.float32))
       offsets = evaluate(tf.cast(self.kernels.xception_batch_norm(
@@ -198,7 +195,7 @@ class OperationsTest(tf.test.TestCase):
     np.testing.assert_array_equal(offsets[0, 0, 0], wanted)
     np.testing.assert_array_equal(products[0, 0, 0], wanted)
 
-  def test_not_a_number_stays_one(self):
+  def test_nan_stays_nan(self):
     images = np.ones([1, 4, 4, 20], np.float32)
     images[0, 0, 0, 3] = np.nan
     for dtype in (tf.float32, tf.bfloat16):
@@ -212,7 +209,7 @@ class OperationsTest(tf.test.TestCase):
         self.assertTrue(np.isnan(output[..., 3]).all())
         self.assertTrue(np.isfinite(output[..., 4]).all())
 
-  def test_a_relu_in_front_keeps_it_too(self):
+  def test_nan_passes_a_preceding_relu(self):
     images = np.ones([1, 4, 4, 20], np.float32)
     images[0, 0, 0, 3] = np.nan
     with tf.Graph().as_default():
@@ -225,7 +222,7 @@ class OperationsTest(tf.test.TestCase):
     self.assertTrue(np.isfinite(output[..., 4]).all())
 
   def test_threads_do_not_change_a_bit(self):
-    # The first session of a process decides how many threads it has.
+    # A process's first session creates its threads.
     outputs = {subprocess.run(
         [sys.executable, __file__, str(num_threads)], capture_output=True, text=True, check=True,
         env={**os.environ, 'PYTHONPATH': f'{PROJECT}:{PROJECT}/tests'}).stdout
@@ -233,14 +230,14 @@ class OperationsTest(tf.test.TestCase):
     self.assertLen(outputs, 1)
     self.assertLen(outputs.pop().strip(), 64)
 
-  def test_what_does_not_fit_is_an_error(self):
+  def test_mismatched_shapes_are_errors(self):
     images, kernel = tf.zeros([1, 4, 4, 16]), tf.zeros([3, 3, 16, 1])
     sixteen = tf.zeros([16])
     norm, depthwise = self.kernels.xception_batch_norm, self.kernels.xception_depthwise
     both = self.kernels.xception_batch_norm_depthwise
     for message, operation in (
         ('16 channels, got [8]', norm(images, tf.zeros([8]), sixteen, epsilon=0.1, relu=False)),
-        ('a pixel at least', norm(tf.zeros([0, 4, 4, 16]), sixteen, sixteen, epsilon=0.1,
+        ('at least one pixel', norm(tf.zeros([0, 4, 4, 16]), sixteen, sixteen, epsilon=0.1,
                                   relu=False)),
         ('16 channels or more', depthwise(tf.zeros([1, 4, 4, 8]), tf.zeros([3, 3, 8, 1]),
                                           relu=False)),
@@ -277,37 +274,37 @@ class BuildTest(tf.test.TestCase):
   def test_compiled_once(self):
     self.write_compiler('for last; do if [ "$before" = -o ]; then echo made >> "$last"; fi; '
                         'before="$last"; done')
-    path = build.build(os.path.join(self.folder, 'build'))
+    path = build.build_library(os.path.join(self.folder, 'build'))
     self.write_compiler('exit 1')
-    self.assertEqual(build.build(os.path.join(self.folder, 'build')), path)
+    self.assertEqual(build.build_library(os.path.join(self.folder, 'build')), path)
     with open(path, encoding='utf-8') as f:
       self.assertEqual(f.read(), 'made\n')
     self.assertEqual(os.listdir(os.path.dirname(path)), [os.path.basename(path)])
-    self.assertEqual(self.said.getvalue(), 'Compiling build.cc, once\n')
+    self.assertEqual(self.said.getvalue(), 'Compiling kernels.cc (once)\n')
 
   def test_other_machines_have_other_files(self):
     self.write_compiler('for last; do if [ "$before" = -o ]; then echo made > "$last"; fi; '
                         'before="$last"; done')
-    paths = {build.build(self.folder)}
+    paths = {build.build_library(self.folder)}
     with mock.patch.object(build, '_processor', lambda: 'flags: fewer'):
-      paths.add(build.build(self.folder))
+      paths.add(build.build_library(self.folder))
     with mock.patch.object(build, 'FLAGS', ('-O2',)):
-      paths.add(build.build(self.folder))
+      paths.add(build.build_library(self.folder))
     self.assertLen(paths, 3)
 
   def test_a_compiler_that_fails(self):
     self.write_compiler('echo "In file included from errors.h:1" >&2; '
                         'echo "source.cc:2: error: no" >&2; exit 1')
     with self.assertRaisesRegex(build.BuildError, 'failed: source.cc:2: error: no$'):
-      build.build(os.path.join(self.folder, 'build'))
+      build.build_library(os.path.join(self.folder, 'build'))
     self.assertEmpty(os.listdir(os.path.join(self.folder, 'build')))
 
-  def test_what_is_built_needs_no_compiler(self):
+  def test_a_compiled_library_needs_no_compiler(self):
     self.write_compiler('for last; do if [ "$before" = -o ]; then echo made > "$last"; fi; '
                         'before="$last"; done')
-    path = build.build(self.folder)
+    path = build.build_library(self.folder)
     with mock.patch.dict(os.environ, CXX='no-such-compiler'):
-      self.assertEqual(build.build(self.folder), path)
+      self.assertEqual(build.build_library(self.folder), path)
 
   def test_a_compiler_with_options(self):
     with mock.patch.dict(os.environ, CXX='sh -e'):
@@ -316,13 +313,13 @@ class BuildTest(tf.test.TestCase):
   def test_a_compiler_that_writes_nothing(self):
     self.write_compiler('exit 0')
     with self.assertRaisesRegex(build.BuildError, 'failed: it wrote no library$'):
-      build.build(os.path.join(self.folder, 'build'))
+      build.build_library(os.path.join(self.folder, 'build'))
 
-  def test_what_cannot_be_loaded_is_named(self):
+  def test_a_library_that_cannot_be_loaded_is_named(self):
     path = os.path.join(self.folder, 'broken.so')
     with open(path, 'w', encoding='utf-8'):
       pass
-    with mock.patch.object(build, 'build', return_value=path):
+    with mock.patch.object(build, 'build_library', return_value=path):
       self.assertIsNone(build.load.__wrapped__())
     self.assertIn(f'{path} cannot be loaded: ', self.said.getvalue())
     self.assertIn('Delete it', self.said.getvalue())
@@ -330,26 +327,26 @@ class BuildTest(tf.test.TestCase):
   def test_no_compiler(self):
     with mock.patch.dict(os.environ, CXX='', PATH=self.folder), \
          self.assertRaisesRegex(build.BuildError, r'no C\+\+ compiler .*apt install g'):
-      build.build(self.folder)
+      build.build_library(self.folder)
 
   def test_a_folder_that_cannot_be_written(self):
     self.write_compiler('exit 0')
     path = os.path.join(self.folder, 'file')
     with open(path, 'w', encoding='utf-8'):
       pass
-    with self.assertRaisesRegex(build.BuildError, 'file/build cannot be written'):
-      build.build(os.path.join(path, 'build'))
+    with self.assertRaisesRegex(build.BuildError, 'file/build is not writable'):
+      build.build_library(os.path.join(path, 'build'))
 
   def test_without_a_compiler_it_says_so(self):
     with mock.patch.dict(os.environ, CXX='no-such-compiler'), \
          mock.patch.object(build, 'BUILD_DIR', self.folder):
       self.assertIsNone(build.load.__wrapped__())
-    self.assertIn('Training goes on without build.cc, slower: no C++ compiler found '
-                  '(no-such-compiler)', self.said.getvalue())
+    self.assertIn('Training continues without kernels.cc, more slowly: no C++ compiler '
+                  'found (no-such-compiler)', self.said.getvalue())
 
 
 def print_hash(num_threads):
-  """Prints the SHA-256 of all bits that the operations compute."""
+  """Prints the SHA-256 of all outputs of the operations."""
   tf.disable_v2_behavior()
   tf.enable_resource_variables()
   test = OperationsTest()

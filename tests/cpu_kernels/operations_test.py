@@ -1,4 +1,4 @@
-"""Tests that exchanged operations compute what TensorFlow's own do."""
+"""Tests that replaced operations compute what TensorFlow's own do."""
 
 import collections
 import contextlib
@@ -16,7 +16,7 @@ from deployment import towers
 import xception
 
 
-class FastOperationsTest(tf.test.TestCase):
+class OperationsTest(tf.test.TestCase):
 
   def assertSameGradients(self, function, inputs, uses_conv_gradient=False):
     """Compares the gradients of a function of tensors, with and without the override."""
@@ -76,10 +76,9 @@ class FastOperationsTest(tf.test.TestCase):
                             msg=variable.op.name)
 
   def test_the_whole_network_in_training(self):
-    # Forty batch norms that see each other's rounding: TensorFlow's own gradients in
-    # float32 are 2e-5 from those in float64. Now and then a value is so near to 0 that
-    # rounding decides whether a ReLU lets it pass, for a thousand times that; then other
-    # weights are tried.
+    # Rounding errors pass through forty batch norms: TensorFlow's own float32 gradients differ
+    # by 2e-5 from those in float64. Rarely a value is so close to 0 that rounding decides whether
+    # a ReLU is active, with an error a thousand times larger; then other weights are tried.
     errors = []
     while len(errors) < 3 and not (errors and errors[-1] < 2e-5):
       weights, values = gradients_in_training(tf.float32, len(errors) + 1)
@@ -89,8 +88,8 @@ class FastOperationsTest(tf.test.TestCase):
       self.assertTrue(np.isfinite(errors[-1]))
     self.assertLess(errors[-1], 2e-5)
 
-  def test_what_is_exchanged(self):
-    compiled = build.load() is not None  # fast_kernels_test.py tells whether it may be
+  def test_which_operations_are_replaced(self):
+    compiled = build.load() is not None  # kernels_test.py fails if this is a fault
     for is_training in (True, False):
       with tf.Graph().as_default() as graph:
         with operations.replace_slow_operations():
@@ -102,7 +101,7 @@ class FastOperationsTest(tf.test.TestCase):
         kinds = collections.Counter(node.op for node in needed.node)
       # The two 3 x 3 convolutions keep their gradients.
       self.assertEqual(kinds['Conv2DBackpropFilter'], 2)
-      # 21 depthwise convolutions are alone behind a batch norm and its ReLU.
+      # 21 depthwise convolutions are the only readers of a batch norm and its ReLU.
       both = 21 if compiled and is_training else 0
       self.assertEqual(kinds['XceptionBatchNormDepthwiseGrad'], both)
       self.assertEqual(kinds['XceptionBatchNormGrad'], 40 - both if both else 0)
@@ -112,7 +111,7 @@ class FastOperationsTest(tf.test.TestCase):
       if compiled and is_training:
         self.assertEqual(kinds['Relu'] + kinds['ReluGrad'], 0)
 
-  def test_what_waits_for_the_batch_norm_stays_apart_from_it(self):
+  def test_a_dependency_on_the_batch_norm_prevents_fusion(self):
     if build.load() is None:
       self.skipTest('there is no C++ compiler')
     images = np.random.default_rng(0).normal(size=[2, 9, 9, 16])
@@ -144,12 +143,12 @@ class FastOperationsTest(tf.test.TestCase):
           _, end_points = xception.xception(tf.constant(images, tf.float32), 5, is_training=True,
                                             dropout_keep_prob=1.0, depth_multiplier=0.125)
         tensors = [end_points[name] for name in names]
-        # Of a loss that reads them, through what was exchanged in front of them.
+        # The gradients of a loss that reads them pass through replaced operations.
         loss = tf.add_n([tf.reduce_mean(tensor**2 * tensor) for tensor in tensors])
         weights = tf.trainable_variables('Xception/block4')
         session.run(tf.global_variables_initializer())
         results.append(session.run([tensors, tf.gradients(loss, weights)]))
-    # Where rounding decides what a ReLU lets pass, gradients differ by up to a hundredth.
+    # Gradients differ by up to 1 % where rounding decides whether a ReLU is active.
     for values, wanted, relative in zip(*results, (1e-4, 0.05), strict=True):
       for value, right in zip(values, wanted, strict=True):
         self.assertLess(np.linalg.norm(value - right), relative * np.linalg.norm(right))
@@ -225,9 +224,9 @@ def network_loss(is_training, reuse=None):
 
 
 def gradients_in_training(dtype, seed, weights=None):
-  """Returns a network's weights, drawn or given, and their gradients.
+  """Returns a network's weights, drawn if None, and their gradients.
 
-  In float32 with exchanged operations, in float64 with TensorFlow's own.
+  In float32 with replaced operations, in float64 with TensorFlow's own.
   """
   is_fast = dtype == tf.float32
   images = np.random.default_rng(seed).normal(size=[2, 75, 71, 3])

@@ -1,6 +1,6 @@
 """Tests of training on several workers: real processes that meet on 127.0.0.1.
 
-The tests of ways to fail and of larger clusters take minutes: `make test-cluster`.
+Larger clusters and the ways to fail take minutes: `make test-cluster`.
 """
 
 import json
@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 
 from common import checkpoints
+from common import files
 from deployment import cluster
 from records import flowers
 from scripts import DATASET_DIR
@@ -31,17 +32,17 @@ TRAIN = ['--dataset_dir', DATASET_DIR, '--image_size', '71', '--depth_multiplier
          '--batch_size', '12', '--clone_on_cpu', '--seed', '1', '--learning_rate_decay_type',
          'fixed', '--log_every_n_steps', '1', '--startup_timeout_secs', '90',
          '--step_timeout_secs', '15']
-# Steps in which rounding stays rounding: small, and with frozen batch norm.
+# Small steps with frozen batch norm, in which rounding errors do not grow.
 GENTLE = ['--frozen', '--optimizer', 'sgd', '--momentum', '0', '--learning_rate', '0.0002',
           '--clip_gradient_norm', '1', '--dropout_keep_prob', '1']
 STEP_TIMEOUT_SECS = 15
-END_SECS = 120  # in which every process must have ended, whatever was done to it
+END_SECS = 120  # within which every process must end, whatever was done to it
 
 slow = unittest.skipUnless(os.environ.get('CLUSTER_TESTS'), 'make test-cluster runs it')
 
 
 def free_addresses(number):
-  """Returns addresses on 127.0.0.1 that nothing listens at."""
+  """Returns unused addresses on 127.0.0.1."""
   sockets = [socket.socket() for _ in range(number)]
   for each in sockets:
     each.bind(('127.0.0.1', 0))
@@ -84,7 +85,7 @@ class FindWorkersTest(tf.test.TestCase):
     self.assertEqual((workers.index, workers.is_chief, workers.device),
                      (0, True, '/job:chief/task:0'))
 
-  def test_what_cannot_be_understood_is_shown(self):
+  def test_a_malformed_tf_config_is_shown(self):
     for config, reason in (
         ('{', 'Expecting'), ('[]', ''), ('{"cluster": {"worker": ["a:1", "b:1"]}}', 'lacks'),
         ('{"task": {"type": "worker", "index": 0}}', 'lacks'),
@@ -101,6 +102,30 @@ class BucketsTest(tf.test.TestCase):
     self.assertEqual(cluster.make_buckets([5, 1, 4, 3, 2], bucket_bytes=5), [[4, 3], [2, 1], [0]])
     self.assertEqual(cluster.make_buckets([1, 9, 1], bucket_bytes=5), [[2, 1], [0]])
     self.assertEqual(cluster.make_buckets([], bucket_bytes=5), [])
+
+
+class CodeHashTest(tf.test.TestCase):
+
+  def test_every_byte_of_the_code_counts(self):
+    copy = os.path.join(self.enterContext(tempfile.TemporaryDirectory()), 'copy')
+    shutil.copytree(PROJECT, copy, ignore=lambda folder, names: [
+        name for name in names if name.startswith('.') or name in ('build', 'docs', 'tests')
+        or name.endswith('.tfrecord')])
+    hashes = {cluster.code_hash()}
+    with mock.patch.object(files, 'PROJECT_DIR', copy):
+      self.assertIn(cluster.code_hash(), hashes)  # wherever the code is
+      for name in ('cpu_kernels/kernels.cc', 'train_flowers.py', 'xception.py',
+                   'deployment/towers.py'):
+        path = os.path.join(copy, name)
+        with open(path, 'r+b') as f:
+          f.seek(100)
+          byte, = f.read(1)
+          f.seek(100)
+          f.write(bytes([byte ^ 1]))
+        hashes.add(cluster.code_hash())
+      os.rename(path, f'{copy}/deployment/renamed.py')
+      hashes.add(cluster.code_hash())
+    self.assertLen(hashes, 6)
 
 
 class InputTest(tf.test.TestCase):
@@ -136,7 +161,7 @@ class InputTest(tf.test.TestCase):
     workers = mock.Mock(index=1, size=2)
     writer = mock.Mock()
     hook = training_hooks.BadRecordsHook(None, None, dataset, 1, 100, 8, workers, 0.004, writer)
-    # Its row is 104 to 107, 112 to 115, 120 ...: 106 and 113 are missing.
+    # Its images are 104 to 107, 112 to 115, 120 ...: 106 and 113 are missing.
     for step, positions in ((1, [104, 105, 107, 112]), (2, [114, 115, 120, 121])):
       hook.after_run('context', mock.Mock(results=(step, np.array(positions))))
     self.assertRegex(hook.too_many, '^2 of 400 records are bad')
@@ -154,7 +179,7 @@ class ClusterTestCase(tf.test.TestCase):
     return os.path.join(self.dir, f'{name}{index}')
 
   def start(self, name, addresses, index, *options):
-    """Starts one worker; its log folder, output and weights are called by `name`."""
+    """Starts one worker; `name` names its log folder, output and weights."""
     environment = dict(os.environ, TF_CONFIG=tf_config(addresses, index) if addresses else '')
     with open(self.path(name, index) + '.out', 'a', encoding='utf-8') as output:
       process = subprocess.Popen(
@@ -174,7 +199,7 @@ class ClusterTestCase(tf.test.TestCase):
       return f.read()
 
   def finish(self, name, processes, codes=None):
-    """Waits until all have ended; returns the last line that each printed, and the seconds."""
+    """Waits for all processes; returns the last line and the running time in seconds of each."""
     begin = time.monotonic()
     lines, seconds = [], []
     for i, process in enumerate(processes):
@@ -219,7 +244,7 @@ class ClusterTestCase(tf.test.TestCase):
       self.assertEqual(value.tobytes(), others[name].tobytes(), name)
 
   def distance(self, weights, others):
-    """Returns the norm of the difference of all trained weights, beside that of the weights."""
+    """Returns the norm of the difference of all trained weights, relative to that of weights."""
     names = [name for name in weights
              if name.startswith('Xception') and name.endswith(('weights', 'biases', 'beta'))]
     difference = sum(np.square(weights[name] - others[name], dtype=np.float64).sum()
@@ -255,8 +280,8 @@ class TogetherTest(ClusterTestCase):
     self.wait_for_step('killed', 6, processes)
     processes[1].kill()
     lines, seconds = self.finish('killed', processes, [1, -signal.SIGKILL])
-    self.assertRegex(lines[0], r'Worker 0 of 2, .* lost the others \(\w+\). Nothing answers at '
-                     r'worker 1 \(.*\). Start all workers again with the same commands')
+    self.assertRegex(lines[0], r'Worker 0 of 2, .* lost the others \(\w+\). No answer from '
+                     r'worker 1 \(.*\). Restart all workers with the same commands')
     self.assertLess(seconds[0], STEP_TIMEOUT_SECS)
     self.assertNoTraceback('killed', 1)
 
@@ -266,6 +291,22 @@ class TogetherTest(ClusterTestCase):
     for i in range(2):
       self.assertIn(f'Steps {step} to {step + 2}', self.output('killed', i))
     self.assertIdentical(weights, others)
+
+
+class PrefetchTest(ClusterTestCase):
+
+  def test_kill_9_and_resume(self):
+    options = ['--num_clones', '2', '--save_interval_steps', '2', '--max_number_of_steps']
+    whole = self.train_alone('whole', *options, '6')
+    process = self.start('killed', None, 0, '--prefetch', *options, '400')
+    self.wait_for_step('killed', 3, [process])
+    process.kill()
+    process.wait()
+    step = checkpoints.global_step(checkpoints.find(self.path('killed')))
+    self.assertBetween(step, 2, 5)
+    resumed = self.train_alone('killed', '--prefetch', *options, '6')
+    self.assertIdentical(whole, resumed)
+    self.assertEqual(resumed['next_image'], 72)
 
 
 @slow
@@ -327,7 +368,7 @@ class FailureTest(ClusterTestCase):
   def test_kill_9_of_the_chief(self):
     processes = self.hurt('chief', 0, signal.SIGKILL)
     lines, seconds = self.finish('chief', processes, [-signal.SIGKILL, 1])
-    self.assertRegex(lines[1], 'lost the others .* Nothing answers at worker 0')
+    self.assertRegex(lines[1], 'lost the others .* No answer from worker 0')
     self.assertLess(seconds[1], STEP_TIMEOUT_SECS)
 
   def test_frozen_workers(self):
@@ -373,15 +414,15 @@ class FailureTest(ClusterTestCase):
       self.assertEqual(process.wait(END_SECS), cluster.LOST_EXIT_CODE)
       self.assertLess(time.monotonic() - begin, 40)
       self.assertRegex(self.output(name, 1 - absent),
-                       r'Not all workers were there in 20 seconds \(--startup_timeout_secs\). '
-                       f'Nothing answers at worker {absent}')
+                       r'Not all workers connected in 20 seconds \(--startup_timeout_secs\). '
+                       f'No answer from worker {absent}')
 
   def test_another_number_of_workers(self):
     addresses = free_addresses(3)
     processes = [self.start('size', addresses[:2], 0), self.start('size', addresses, 1)]
     lines, _ = self.finish('size', processes, [1, 1])
     for i in range(2):
-      self.assertRegex(lines[i], f'Worker {i} of {2 + i}, .*: TF_CONFIG names {2 + i} workers here')
+      self.assertRegex(lines[i], f'Worker {i} of {2 + i}, .*: TF_CONFIG lists {2 + i} workers here')
 
   def test_a_taken_port(self):
     addresses = free_addresses(2)
@@ -393,7 +434,7 @@ class FailureTest(ClusterTestCase):
                    for i in range(2)]
       lines, _ = self.finish('port', processes, [cluster.LOST_EXIT_CODE, 1])
     self.assertRegex(lines[1], 'Worker 1 of 2, .* cannot start its server: .* port taken')
-    self.assertRegex(lines[0], 'Not all workers were there in 30 seconds')
+    self.assertRegex(lines[0], 'Not all workers connected in 30 seconds')
 
   def test_options_and_graphs_that_differ(self):
     for option, values, message in (

@@ -1,11 +1,10 @@
-"""Trains as train_flowers.py does, and stores the weights that this worker ends with.
+"""Trains as train_flowers.py does, then stores the final weights of this worker.
 
-  TF_CONFIG=... python tests/deployment/cluster_worker.py WEIGHTS.npz [--frozen] [--drift STEP] ...
+  TF_CONFIG=... python tests/deployment/cluster_worker.py WEIGHTS.npz [--frozen] ...
 
---frozen freezes batch norm, whose statistics are of one tower's images: then a
-step is the same arithmetic however its images are shared, and by the same number
-of threads, which is left to TensorFlow here. --drift changes one
-weight of this worker after that step.
+--frozen freezes batch norm, whose statistics depend on how the images are divided among
+towers; the number of threads is TensorFlow's default for the same reason. --drift changes one
+weight of this worker after that step. --prefetch prefetches to the towers' devices.
 """
 
 import argparse
@@ -49,6 +48,7 @@ def main():
   parser.add_argument('weights')
   parser.add_argument('--frozen', action='store_true')
   parser.add_argument('--drift', type=int)
+  parser.add_argument('--prefetch', action='store_true')
   args, train_options = parser.parse_known_args()
   tower_loss, build_hooks = training_step.tower_loss, train_flowers.build_hooks
 
@@ -60,6 +60,7 @@ def main():
 
   with mock.patch.object(training_step, 'tower_loss', loss), \
        mock.patch.object(train_flowers, 'build_hooks', hooks), \
+       mock.patch.object(towers, 'on_gpus', lambda devices: args.prefetch), \
        mock.patch.object(towers, 'start_threads'):
     try:
       train_flowers.main(options.parse_train_args('', train_options))

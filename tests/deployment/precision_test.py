@@ -1,4 +1,4 @@
-"""Tests what a number format does to a graph."""
+"""Tests of the number formats that a graph computes in."""
 
 import collections
 import os
@@ -13,7 +13,7 @@ import xception
 
 
 def computed_types(precision_name):
-  """Returns, for each kind of operation in a training step, the types that it computes in."""
+  """Returns {operation type: the number formats it computes in} of a training step."""
   with tf.Graph().as_default():
     with slim.arg_scope(xception.xception_arg_scope()):
       logits, _ = xception.xception(tf.zeros([2, 71, 71, 3]), 5, depth_multiplier=0.125)

@@ -1,7 +1,9 @@
-"""Tests of the towers: same step whatever their number, gradients averaged once."""
+"""Tests of the towers: any number of them takes the same step."""
 
 import functools
+import glob
 import os
+import re
 from unittest import mock
 
 import numpy as np
@@ -10,6 +12,7 @@ import tf_slim as slim
 
 from deployment import towers
 from scripts import DATASET_DIR
+from scripts import PROJECT
 import train_flowers
 from training import options
 from training import step as training_step
@@ -39,8 +42,8 @@ def take_step(num_towers, is_training=False, initial_values=None,
                weight_decay=1e-3, inputs=None, **options):
   """Takes one step of `build_train_step` on CPU towers.
 
-  With is_training False batch norm is frozen and nothing is dropped: then a
-  step is the same arithmetic for any number of towers.
+  is_training False freezes batch norm and disables dropout, so that the number of towers
+  changes the step by rounding only.
 
   Returns:
     loss, accuracy: of the step.
@@ -56,7 +59,7 @@ def take_step(num_towers, is_training=False, initial_values=None,
     loss_fn = functools.partial(
         training_step.tower_loss, num_classes=NUM_CLASSES, is_training=is_training,
         depth_multiplier=DEPTH_MULTIPLIER, dropout_keep_prob=1.0, label_smoothing=0.0, seed=1)
-    # Decay 0: the moving statistics are those of the last training batch.
+    # With decay 0 the moving statistics are those of the last batch.
     with slim.arg_scope(xception.xception_arg_scope(weight_decay, batch_norm_decay=0.0)):
       step = training_step.build_train_step(
           tf.constant(images), tf.constant(labels), tf.range(len(labels), dtype=tf.int64),
@@ -103,7 +106,8 @@ class ReplicateTest(tf.test.TestCase):
 
     with tf.Graph().as_default():
       devices = towers.tower_devices(4, clone_on_cpu=True)
-      outputs = towers.replicate(tower, devices, tf.reshape(tf.range(16.0), [8, 2]), tf.range(8))
+      outputs = towers.replicate(tower, devices, towers.split_batch(
+          devices, tf.reshape(tf.range(16.0), [8, 2]), tf.range(8)))
       self.assertLen(slim.get_model_variables(), 1)
       self.assertEqual(slim.get_model_variables()[0].device, '/device:CPU:0')
       for i, output in enumerate(outputs):
@@ -150,6 +154,40 @@ class DevicesTest(tf.test.TestCase):
     with self.assertRaisesRegex(towers.DeviceError, r'finds 0 \(none\).*--clone_on_cpu'):
       self.devices(0, 1)
 
+  def test_sessions_open_the_towers_gpus_only(self):
+    config = towers.session_config(['/gpu:0', '/gpu:1'])
+    self.assertEqual(config.gpu_options.visible_device_list, '0,1')
+    self.assertTrue(config.gpu_options.allow_growth)
+    self.assertEqual(towers.session_config(['/cpu:0']).device_count['GPU'], 0)
+
+  def test_every_session_of_the_project_leaves_gpu_memory_to_others(self):
+    # Sessions without a configuration would take all memory of all GPUs.
+    for path in glob.glob(f'{PROJECT}/*/*.py') + glob.glob(f'{PROJECT}/*.py'):
+      if '/tests/' in path or path.endswith('_test.py'):
+        continue
+      with open(path, encoding='utf-8') as f:
+        sessions = re.findall(r'tf\.Session\(.*\)', f.read())
+      for session in sessions:
+        self.assertIn('config=', session, path)
+
+  def test_out_of_memory_is_explained(self):
+    graph = tf.Graph()
+    with graph.as_default(), graph.device('/job:worker/task:0/gpu:1'):
+      op = tf.no_op()
+    gpus = ['/gpu:0', '/gpu:1']
+    error = tf.errors.ResourceExhaustedError(None, op, 'OOM when allocating tensor')
+    self.assertEqual(
+        towers.explain_out_of_memory(error, gpus, 64),
+        'Out of memory: tower 1 (/gpu:1) cannot process 64 images at a time. Use '
+        '--accumulate_steps 2 or more, --precision float16, a smaller --batch_size or '
+        '--image_size')
+    error = tf.errors.ResourceExhaustedError(None, None, 'OOM')
+    self.assertRegex(towers.explain_out_of_memory(error, ['/cpu:0'], 8),
+                     'a tower cannot process 8 images at a time. Use --accumulate_steps 2 or '
+                     'more, a smaller')
+    self.assertIsNone(towers.explain_out_of_memory(
+        tf.errors.InternalError(None, op, ''), gpus, 64))
+
   def test_towers_for_all_cores_have_a_thread_each(self):
     for devices, num_cores, num_threads in (
         (['/cpu:0'], 2, 0), (['/cpu:0', '/cpu:1'], 2, 1), (['/cpu:0', '/cpu:1'], 3, 0),
@@ -159,7 +197,7 @@ class DevicesTest(tf.test.TestCase):
            mock.patch.object(tf, 'Session') as session:
         towers.start_threads(config, devices)
       self.assertEqual(config.intra_op_parallelism_threads, num_threads, (devices, num_cores))
-      # Only a session makes the process's threads.
+      # The process's first session creates the threads.
       self.assertEqual(session.mock_calls,
                        [mock.call(config=config), mock.call().close()] if num_threads else [])
 
@@ -188,7 +226,7 @@ class TrainStepTest(tf.test.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    # Statistics that fit the weights, as in a network that has begun to learn.
+    # Moving statistics that fit the weights, as after some training.
     _, _, cls.values, _ = take_step(1, is_training=True)
 
   def test_any_number_of_towers_takes_the_same_step(self):

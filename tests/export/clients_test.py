@@ -1,7 +1,7 @@
-"""Runs the programs of README's "In other programs" on a model, those that are installed.
+"""Runs the programs of docs/export.md, "In other programs", on a small model.
 
-Every program is taken from README as it stands there, and has to compute what
-the checkpoint computes.
+Each program is run as printed there and must give the checkpoint's
+probabilities. Programs whose packages are not installed are skipped.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ HAS_ONNX = all(importlib.util.find_spec(name) for name in ('tf2onnx', 'onnxrunti
 
 
 def program(title, language='python'):
-  """The program that README shows behind the words **title**."""
+  """Returns the program under the title **title** of docs/export.md."""
   with open(os.path.join(PROJECT, 'docs', 'export.md'), encoding='utf-8') as f:
     _, _, text = f.read().partition(f'**{title}**')
   return re.search(rf'```{language}\n(.*?)```', text, re.DOTALL)[1]
@@ -54,7 +54,7 @@ class ClientsTest(tf.test.TestCase):
     cls.expected = predict(images)
 
   def check(self, title, package='tensorflow'):
-    """Runs a program of README; returns what it printed."""
+    """Runs a program of docs/export.md; returns what it printed."""
     if not importlib.util.find_spec(package):
       self.skipTest(f'{package} is not installed')
     code = ('import numpy as np\n'
@@ -77,7 +77,7 @@ class ClientsTest(tf.test.TestCase):
     self.check('TensorFlow, graph mode')
 
   def test_saved_model(self):
-    # What TensorFlow says when it gives up fusing operations.
+    # TensorFlow logs this when it gives up fusing operations.
     self.assertNotIn('remapper failed', self.check('TensorFlow 2, SavedModel'))
 
   def test_keras(self):

@@ -1,4 +1,4 @@
-"""Tests of batch-norm folding: against the graph it was given, and against TensorFlow's own."""
+"""Tests of batch-norm folding against the unfolded graph and against TensorFlow's own tool."""
 
 import tempfile
 
@@ -46,7 +46,7 @@ class XceptionTest(FoldTestCase):
     cls.folded = folding.fold(cls.graph_def, 'output')
 
   def test_the_images_differ(self):
-    # Otherwise the comparisons below would say nothing.
+    # Otherwise the comparisons below would prove nothing.
     self.assertGreater(np.ptp(self.expected, axis=0).max(), 0.2)
 
   def test_computes_what_the_checkpoint_computes(self):
@@ -61,7 +61,7 @@ class XceptionTest(FoldTestCase):
     self.assertSorted(self.folded)
     self.assertEqual((self.folded.node[0].name, self.folded.node[-1].name), ('input', 'output'))
 
-  def test_kernels_and_outputs_are_those_of_tensorflows_own_tool(self):
+  def test_kernels_and_outputs_equal_those_of_tensorflows_own_tool(self):
     oracle = optimize_for_inference_lib.optimize_for_inference(
         self.graph_def, ['input'], ['output'], tf.float32.as_datatype_enum)
     self.assertEqual(folding.num_norms(oracle), 0)
@@ -76,24 +76,24 @@ class XceptionTest(FoldTestCase):
     return {node.name: tf.make_ndarray(nodes[node.input[1]].attr['value'].tensor)
             for node in graph_def.node if node.op == 'Conv2D'}
 
-  def test_biases_behind_pools_and_sums(self):
+  def test_delayed_biases(self):
     delayed = folding.delay_biases(self.folded, 'output')
     self.assertAllClose(run(delayed, self.images), self.expected, rtol=0, atol=1e-5)
     self.assertSorted(delayed)
-    self.assertEqual(ops(delayed).count('BiasAdd'), 37)  # 41, and two of 4 sums became one
+    self.assertEqual(ops(delayed).count('BiasAdd'), 37)  # Of 41: at 4 sums, two became one.
     nodes = {node.name: node for node in delayed.node}
     for node in delayed.node:
       if node.op in ('AddV2', 'MaxPool'):
         for tensor in node.input:
-          if nodes[tensor].op == 'BiasAdd':  # that of a sum, which is there to stay
+          if nodes[tensor].op == 'BiasAdd':  # It belongs to a sum, not to a convolution.
             self.assertEqual(nodes[nodes[tensor].input[0]].op, 'AddV2')
-    self.assertEqual(ops(self.folded).count('BiasAdd'), 41)  # left as it was
+    self.assertEqual(ops(self.folded).count('BiasAdd'), 41)  # The argument is unchanged.
 
 
 class LayerTest(FoldTestCase):
 
   def freeze(self, build, is_training=False):
-    """The graph of a function of images and `norm`, a layer with random parameters."""
+    """Returns the graph of `build`, a function of images and of a norm with random parameters."""
     random = np.random.default_rng(0)
 
     def norm(net):
@@ -132,26 +132,26 @@ class LayerTest(FoldTestCase):
     self.check(lambda net, norm: norm(tf.nn.depthwise_conv2d(
         net, self.kernel(3, 3, 3, 2), [1, 1, 1, 1], 'SAME')), 0)
 
-  def test_a_kernel_that_two_convolutions_share(self):
+  def test_a_kernel_shared_by_two_convolutions(self):
     def build(net, norm):
       kernel = self.kernel(3, 3, 3, 3)
       net = norm(tf.nn.conv2d(net, kernel, 1, 'SAME'))
       return norm(tf.nn.conv2d(net, kernel, 1, 'SAME'))
     self.check(build, 0)
 
-  def test_a_convolution_that_something_else_reads(self):
+  def test_a_convolution_with_another_consumer(self):
     def build(net, norm):
       net = tf.nn.conv2d(net, self.kernel(3, 3, 3, 5), 1, 'SAME')
       return norm(net) + net
     self.check(build, 1)
 
-  def test_a_bias_that_something_else_reads(self):
+  def test_a_bias_with_another_consumer(self):
     def build(net, norm):
       net = tf.nn.bias_add(tf.nn.conv2d(net, self.kernel(3, 3, 3, 5), 1, 'SAME'), self.kernel(5))
       return norm(net) * net
     self.check(build, 1)
 
-  def test_no_convolution_in_front(self):
+  def test_no_convolution_before_the_norm(self):
     self.check(lambda net, norm: norm(tf.nn.relu(net)), 1)
 
   def test_training_mode(self):
@@ -159,7 +159,7 @@ class LayerTest(FoldTestCase):
       return norm(tf.nn.conv2d(net, self.kernel(3, 3, 3, 5), 1, 'SAME'))
     self.check(build, 1, is_training=True)
 
-  def test_what_it_refuses(self):
+  def test_refused_graphs(self):
     graph_def = self.freeze(lambda net, norm: tf.nn.relu(net))
     with self.assertRaisesRegex(ValueError, "no node 'logits'"):
       folding.fold(graph_def, 'logits')

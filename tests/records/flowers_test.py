@@ -1,5 +1,6 @@
 """Tests of the TFRecord input pipeline on small datasets that the tests write."""
 
+import argparse
 import io
 import os
 import shutil
@@ -10,6 +11,7 @@ from PIL import Image
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
+from common import arguments
 from records import flowers
 from records import tfrecords
 
@@ -22,7 +24,7 @@ def encoded_image(index, image_format='jpg', height=90, width=110):
   pixels = np.stack([np.full([height, width], 5 * index), np.tile(columns, (height, 1)),
                      np.tile(columns[::-1], (height, 1))], -1).astype(np.uint8)
   file = io.BytesIO()
-  Image.fromarray(pixels).save(file, {'jpg': 'JPEG', 'png': 'PNG'}[image_format])
+  Image.fromarray(pixels).save(file, {'jpg': 'JPEG'}.get(image_format, image_format))
   return file.getvalue()
 
 
@@ -85,13 +87,16 @@ class FlowersTest(tf.test.TestCase):
   def test_labels(self):
     for text in ('0:daisy\n1:dandelion\n2:roses\n', '2:roses\n0:daisy\n1:dandelion',
                  '0:daisy\r\n1: dandelion \r\n\r\n2:roses\r\n',
-                 '\ufeff0:daisy\n1:dandelion\n2:roses'):
+                 '\ufeff0:daisy\n1:dandelion\n2:roses', '0 daisy\n1\tdandelion\n2 : roses'):
       self.write_labels(text)
       self.assertEqual(flowers.read_labels(self.dir), list(CLASS_NAMES))
 
   def test_a_name_may_have_colons_and_any_letters(self):
-    self.write_labels('0:Löwenzahn: gelb\n1:蒲公英\n')
-    self.assertEqual(flowers.read_labels(self.dir), ['Löwenzahn: gelb', '蒲公英'])
+    names = ['Löwenzahn: gelb', '蒲公英', 'می‌خک', '👩‍🌾', '$x$']
+    self.write_labels(''.join(f'{i}:{name}\n' for i, name in enumerate(names)))
+    self.assertEqual(flowers.read_labels(self.dir), names)
+    self.write_labels('0:Lo\u0308wenzahn\n')  # decomposed, as macOS writes it
+    self.assertEqual(flowers.read_labels(self.dir), ['L\u00f6wenzahn'])
 
   def test_malformed_labels(self):
     for text, message in [
@@ -100,8 +105,11 @@ class FlowersTest(tf.test.TestCase):
         ('-1:daisy\n', 'line 1: expected id:name'),
         ('0:daisy\n0:roses\n', "line 2: id 0 is already 'daisy'"),
         ('1:daisy\n2:roses\n', r'must be 0 to 1, got \[1, 2\]'),
-        ('\n', 'names no class'),
-        (b'0:\xff\xfe\n', 'is not UTF-8 text')]:
+        ('\n', 'is empty'),
+        ('1:daisy\n2:roses\n', 'begin at 1 too, use --labels_offset 1'),
+        ('0:a\0b\n', 'expected id:name'),
+        ('0:Löwenzahn\n'.encode('latin-1'), 'is not UTF-8 text .*iconv'),
+        ('0:daisy\n'.encode('utf-16'), 'is not UTF-8 text')]:
       self.write_labels(text)
       with self.assertRaisesRegex(flowers.DatasetError, message) as context:
         flowers.read_labels(self.dir)
@@ -148,9 +156,78 @@ class FlowersTest(tf.test.TestCase):
     dataset = flowers.get_split('train', self.dir, file_pattern='mine-%s.tfrecord')
     self.assertEqual(dataset.num_samples, 4)
 
+  def test_another_name_does_not_match(self):
+    self.write_images(range(4))
+    for name in ('flowers_train', 'f*', '[f]lowers', '%s', 'flowers'):
+      for shard in range(2):
+        path = os.path.join(self.dir, flowers.shard_name('train', shard, 2, name))
+        with tf.python_io.TFRecordWriter(path) as writer:
+          writer.write(flowers.make_example(encoded_image(1), 'jpg', 0, 90, 110)
+                       .SerializeToString())
+    os.remove(os.path.join(self.dir, flowers.shard_name('train', 0, 1)))
+    for name in ('flowers_train', 'f*', '[f]lowers', '%s', 'flowers'):
+      dataset = flowers.get_split('train', self.dir, dataset_name=name)
+      self.assertEqual([os.path.basename(path) for path in dataset.data_sources],
+                       [flowers.shard_name('train', shard, 2, name) for shard in range(2)])
+
+  def test_missing_and_extra_shards(self):
+    self.write_images(range(4), shard=0, num_shards=2)
+    with self.assertRaisesRegex(flowers.DatasetError, '1 of 2 shards are missing, .*00001-of'):
+      flowers.get_split('train', self.dir)
+    self.write_images(range(4, 8), shard=1, num_shards=2)
+    old = self.write_images(range(4), shard=0, num_shards=1)
+    with self.assertRaisesRegex(flowers.DatasetError, f'{old} is not one of the 2 shards'):
+      flowers.get_split('train', self.dir)
+    os.rename(old, old.replace('00000-of-00001', '00002-of-00002'))
+    with self.assertRaisesRegex(flowers.DatasetError, '00002-of-00002.tfrecord is not one of'):
+      flowers.get_split('train', self.dir)
+    # A pattern may choose some of the shards that exist.
+    dataset = flowers.get_split('train', self.dir, file_pattern='flowers_%s_00000*')
+    self.assertEqual(dataset.num_samples, 4)
+
+  def test_records_of_other_tools(self):
+    feature = flowers.make_example(encoded_image(9), 'jpg', 1, 90, 110).features.feature
+    example = tf.train.Example()
+    example.features.feature['image'].CopyFrom(feature['image/encoded'])
+    example.features.feature['label'].CopyFrom(feature['image/class/label'])
+    os.rename(self.write_shard([example] * 2), os.path.join(self.dir, 'train-00000-of-00001'))
+    options = argparse.Namespace(
+        dataset_dir=self.dir, dataset_name=None, file_pattern='%s-*', image_key='image',
+        label_key='label', labels_offset=None)
+    dataset = flowers.get_split('train', **arguments.dataset_options(options))
+    with tf.Graph().as_default(), tf.Session() as session:
+      images, labels = session.run(flowers.load_batch(dataset, 2, 71, 71, is_training=False))
+    self.assertEqual([index_of(image) for image in images], [9, 9])
+    self.assertAllEqual(labels, [1, 1])
+
+  def write_label_range(self, labels):
+    self.write_shard([flowers.make_example(encoded_image(i % 50), 'jpg', label, 90, 110)
+                      for i, label in enumerate(labels)])
+
+  def test_labels_that_begin_at_1(self):
+    self.write_labels(''.join(f'{i}:class{i}\n' for i in range(150)))
+    self.write_label_range(range(1, 151))
+    with self.assertRaisesRegex(flowers.DatasetError, r'labels range from 1 to 150, .* names 0 to '
+                                '149: use --labels_offset 1'):
+      flowers.get_split('train', self.dir)
+    dataset = flowers.get_split('train', self.dir, labels_offset=1)
+    self.assertEqual(flowers.count_labels(dataset), [1] * 150)
+    self.assertEqual([flowers.RecordReader(dataset)(i)[1] for i in (0, 149)], [0, 149])
+    with tf.Graph().as_default(), tf.Session() as session:
+      _, labels = session.run(flowers.load_batch(dataset, 150, 71, 71, is_training=False))
+    self.assertAllEqual(labels, range(150))
+    self.write_label_range(range(150))
+    with self.assertRaisesRegex(flowers.DatasetError, 'range from 0 to 149.*use --labels_offset 0'):
+      flowers.get_split('train', self.dir, labels_offset=1)
+
+  def test_names_of_labels_that_begin_at_1(self):
+    for text in ('0:daisy\n1:roses\n', '1:daisy\n2:roses\n', '0:Background\n1:daisy\n2:roses\n'):
+      self.write_labels(text)
+      self.assertEqual(flowers.read_labels(self.dir, labels_offset=1), ['daisy', 'roses'])
+
   def test_unknown_split(self):
-    with self.assertRaisesRegex(ValueError, "Unknown split 'test': use one of train, validation"):
-      flowers.get_split('test', self.dir)
+    with self.assertRaisesRegex(ValueError, "Unknown split 'dev': use one of train, valid"):
+      flowers.get_split('dev', self.dir)
 
   def test_no_file(self):
     with self.assertRaisesRegex(flowers.DatasetError, 'No file matches .*flowers_train_'):
@@ -158,7 +235,7 @@ class FlowersTest(tf.test.TestCase):
 
   def test_no_record(self):
     self.write_shard([])
-    with self.assertRaisesRegex(flowers.DatasetError, 'hold no record'):
+    with self.assertRaisesRegex(flowers.DatasetError, 'hold no records'):
       flowers.get_split('train', self.dir)
 
   def test_a_shard_cut_short_loses_its_own_tail(self):
@@ -208,11 +285,20 @@ class FlowersTest(tf.test.TestCase):
       image = session.run(dataset.decoder.decode(tf.constant(record), ['image'])[0])
     self.assertAllEqual(image, np.asarray(Image.open(io.BytesIO(encoded))))
 
-  def test_png_records(self):
-    self.write_shard([flowers.make_example(encoded_image(i, 'png'), 'png', 0, 90, 110)
-                      for i in (7, 23)])
-    (images, _), = self.read_batches(1, batch_size=2, is_training=False)
-    self.assertEqual([index_of(image) for image in images], [7, 23])
+  def test_formats_that_tensorflow_decodes(self):
+    rgba = io.BytesIO()
+    Image.open(io.BytesIO(encoded_image(30))).convert('RGBA').save(rgba, 'PNG')
+    animation = io.BytesIO()
+    Image.new('RGB', (90, 90), (200, 0, 0)).save(
+        animation, 'GIF', save_all=True, append_images=[Image.new('RGB', (90, 90))])
+    contents = [*(encoded_image(i, image_format) for i, image_format in enumerate(
+        ('png', 'bmp', 'gif', 'webp'), 5)), rgba.getvalue(), animation.getvalue()]
+    self.write_shard([flowers.make_example(content, 'any', 0, 90, 110) for content in contents])
+    (images, _), = self.read_batches(1, batch_size=6, is_training=False)
+    self.assertEqual([index_of(image) for image in images], [5, 6, 7, 8, 30, 40])
+    self.assertLen(self.read_batches(1, batch_size=6)[0][1], 6)
+    read = flowers.RecordReader(flowers.get_split('train', self.dir))
+    self.assertEqual([index_of(read(i)[0] / 127.5 - 1) for i in range(6)], [5, 6, 7, 8, 30, 40])
 
   def epochs_of_labels(self, num_epochs, num_images, **kwargs):
     # One class an image, so that labels tell which image it was.
@@ -290,13 +376,31 @@ class FlowersTest(tf.test.TestCase):
     with self.assertRaisesRegex(tfrecords.RecordError, message):
       reader(2)
 
+  def test_no_good_record(self):
+    good = flowers.make_example(encoded_image(1), 'jpg', 1, 90, 110)
+    bad = flowers.make_example(b'BM', 'bmp', 1, 90, 110)
+    self.write_shard([bad] * 50)
+    dataset = flowers.get_split('train', self.dir)
+    with self.assertRaisesRegex(flowers.DatasetError, 'None of 50 records can be used: .*record 0'):
+      flowers.require_readable(dataset)
+    with tf.Graph().as_default(), tf.Session() as session:
+      with self.assertRaisesRegex(tf.errors.InvalidArgumentError, flowers.NO_GOOD_RECORD):
+        session.run(flowers.load_batch(dataset, 4, 71, 71, is_training=True))
+    # One good record is enough, wherever it is.
+    self.write_shard([bad] * 20 + [good])
+    dataset = flowers.get_split('train', self.dir)
+    flowers.require_readable(dataset)
+    with tf.Graph().as_default(), tf.Session() as session:
+      _, labels = session.run(flowers.load_batch(dataset, 4, 71, 71, is_training=True))
+    self.assertAllEqual(labels, [1] * 4)
+
   def test_a_label_outside_labels_txt(self):
     for label in (3, -1):
       self.check_bad_record(flowers.make_example(encoded_image(1), 'jpg', label, 90, 110),
                             f'its label is {label}, but labels.txt has the ids 0 to 2')
 
   def test_a_missing_key(self):
-    for key in ('image/encoded', 'image/format', 'image/class/label'):
+    for key in ('image/encoded', 'image/class/label'):
       example = flowers.make_example(encoded_image(1), 'jpg', 1, 90, 110)
       del example.features.feature[key]
       self.check_bad_record(example, f'{key}.* is required but could not be found')

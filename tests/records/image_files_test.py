@@ -119,17 +119,17 @@ class ConverterTest(tf.test.TestCase):
     jpeg, png = save(smooth(), 'JPEG'), save(smooth(), 'PNG')
     for content, message in [
         (b'', 'the file is empty'),
-        (b'<!DOCTYPE html><html><body>404 Not Found</body></html>', 'it is no image'),
-        (b'To do: take pictures\n', 'it is no image'),
-        (np.random.default_rng(0).bytes(5000), 'it is no image'),
-        (jpeg[:len(jpeg) // 2], 'it does not decode: '),
-        (jpeg[:4], 'it is no image|it does not decode'),
-        (png[:len(png) // 2], 'it does not decode'),
-        (png_header(400, 400), 'it does not decode'),
-        (png_header(10_000, 9_999) + bytes(10), 'it does not decode|it is no image'),
-        (png_header(10_001, 10_000), '10001 x 10000 are more than 100000000 pixels'),
-        (png_header(60_000, 60_000), 'it does not decode: Image size .* exceeds limit'),
-        (save(Image.fromarray(np.ones([4, 4], np.float32)), 'TIFF'), 'its pixels are of type F')]:
+        (b'<!DOCTYPE html><html><body>404 Not Found</body></html>', 'it is not an image'),
+        (b'To do: take pictures\n', 'it is not an image'),
+        (np.random.default_rng(0).bytes(5000), 'it is not an image'),
+        (jpeg[:len(jpeg) // 2], 'it cannot be decoded: '),
+        (jpeg[:4], 'it is not an image|it cannot be decoded'),
+        (png[:len(png) // 2], 'it cannot be decoded'),
+        (png_header(400, 400), 'it cannot be decoded'),
+        (png_header(10_000, 9_999) + bytes(10), 'it cannot be decoded|it is not an image'),
+        (png_header(10_001, 10_000), '10001 x 10000 is more than 100000000 pixels'),
+        (png_header(60_000, 60_000), 'it cannot be decoded: Image size .* exceeds limit'),
+        (save(Image.fromarray(np.ones([4, 4], np.float32)), 'TIFF'), 'the range of its pixel')]:
       with self.assertRaisesRegex(image_files.ImageError, message):
         self.convert(content)
 

@@ -60,7 +60,7 @@ class RecordsTest(tf.test.TestCase):
       records = tfrecords.Records([path, self.write('b.tfrecord', [b'other'])])
       self.assertEqual([records[i] for i in range(len(records))], [b'0123456789', b'other'])
       self.assertEqual(records.damages, [
-          f'{path}: the length of record 1 is damaged, it and what follows are lost'])
+          f'{path}: the length of record 1 is damaged: that record and all after it are lost'])
 
   def test_a_file_cut_short(self):
     for size in (26 + 1, 26 + 12, 26 + 25):
@@ -78,7 +78,7 @@ class RecordsTest(tf.test.TestCase):
         f.write(content)
       records = tfrecords.Records([path])
       self.assertEmpty(records)
-      self.assertEqual(records.damages, [f'{path} is no TFRecord file, or a compressed one'])
+      self.assertEqual(records.damages, [f'{path} is not a TFRecord file, or it is compressed'])
 
   def test_a_file_that_changes_while_it_is_used(self):
     path = self.write('a.tfrecord', [b'0123456789'] * 3)

@@ -1,4 +1,4 @@
-"""Tests of starting from another checkpoint, and of training a part of the network."""
+"""Tests of fine-tuning: restoring a checkpoint and training a part of the network."""
 
 import functools
 import os
@@ -59,7 +59,7 @@ class RestoreTest(FineTuningTestCase):
       value, stored = session.run(variable), self.stored.get(variable.op.name)
       if not variable.op.name.startswith(all_but):
         self.assertAllEqual(value, stored, variable.op.name)
-      elif variable.op.name.endswith('weights'):  # others begin as constants
+      elif variable.op.name.endswith('weights'):  # others are initialized with constants
         self.assertNotAllEqual(value, stored, variable.op.name)
 
   def test_everything(self):
@@ -94,19 +94,19 @@ class RestoreTest(FineTuningTestCase):
       with tf.variable_scope('Xception/Logits'):
         slim.model_variable('more', [2])
       with self.assertRaisesRegex(checkpoints.CheckpointError,
-                                  'lacks 1 of 237 variables, the first is Xception/Logits/more'):
+                                  'lacks 1 of 237 variables, first Xception/Logits/more'):
         fine_tuning.restore(self.checkpoint)
       report = self.restore(session, (), True)
       self.assertIn('236 of 237', report)
-      self.assertIn('1 are not there, the first is Xception/Logits/more', report)
+      self.assertIn('1 are missing, first Xception/Logits/more', report)
 
   def test_refusals(self):
     for message, arguments, options in [
-        ('no variable begins so. Layers are called like Xception/block1_conv1',
+        ('no variable name starts with it. Layers have names such as Xception/block1_conv1',
          (self.checkpoint, ('xception/logits',)), {}),
         ('No checkpoint in /nowhere', ('/nowhere',), {}),
         ('Nothing is left to restore', (self.checkpoint, ('Xception',)), {}),
-        ('of another network: .* variables have other shapes, .* Is --depth_multiplier the same',
+        ('holds another network: .* variables have other shapes, .* Is --depth_multiplier the same',
          (self.checkpoint,), {'depth_multiplier': 0.25})]:
       with tf.Graph().as_default():
         build(**options)
@@ -117,7 +117,7 @@ class RestoreTest(FineTuningTestCase):
 class TrainableScopesTest(FineTuningTestCase):
 
   def take_step(self, trainable_scopes):
-    """Values of all variables before and after a step from the checkpoint."""
+    """Returns all variables before and after a step from the checkpoint."""
     with tf.Graph().as_default(), tf.Session() as session:
       tf.set_random_seed(3)
       images = tf.constant(np.random.default_rng(0).normal(size=[4, 71, 71, 3]), tf.float32)
@@ -154,7 +154,7 @@ class TrainableScopesTest(FineTuningTestCase):
 
   def test_everything_without_scopes(self):
     before, after = self.take_step(())
-    # Nothing reaches the first moving averages of a mean that is 0 already.
+    # Moving means whose batch mean is 0 do not change.
     self.assertGreater(len(self.changed(before, after)), 230)
 
   def test_frozen_layers_compute_as_at_evaluation(self):
@@ -173,7 +173,7 @@ class TrainableScopesTest(FineTuningTestCase):
     with tf.Graph().as_default():
       build()
       with self.assertRaisesRegex(checkpoints.CheckpointError,
-                                  '--trainable_scopes Xception/Head: no variable begins so'):
+                                  '--trainable_scopes Xception/Head: no variable name starts'):
         fine_tuning.trainable_variables(('Xception/Head',))
 
 

@@ -1,4 +1,4 @@
-"""Tests of what a log folder stores about a run, and of its refusals."""
+"""Tests of a log folder's configuration, its lock and its record of starts."""
 
 import json
 import os
@@ -71,7 +71,7 @@ class LockTest(LogFolderTestCase):
 
   def test_a_second_process_is_refused_until_the_first_ends(self):
     log_dir = os.path.join(self.dir, 'log')
-    program = ('import sys, time, log_folder\n'
+    program = ('import sys, time\nfrom training import log_folder\n'
                'with log_folder.lock(sys.argv[1]):\n'
                '  print("locked", flush=True)\n'
                '  time.sleep(600)\n')
@@ -79,7 +79,7 @@ class LockTest(LogFolderTestCase):
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     self.addCleanup(holder.stdout.close)
     self.assertEqual(holder.stdout.readline(), 'locked\n')
-    with self.assertRaisesRegex(log_folder.LockedError,
+    with self.assertRaisesRegex(log_folder.LogFolderError,
                                 f'Process {holder.pid} is training in .*log: wait for it'):
       with log_folder.lock(log_dir):
         pass
@@ -93,13 +93,12 @@ class LockTest(LogFolderTestCase):
 class RecordStartTest(LogFolderTestCase):
 
   def test_a_line_for_each_start_and_a_text_in_tensorboard(self):
-    folder = self.dir
     with tf.Graph().as_default():
       for step in (0, 7):
-        writer = tf.summary.FileWriter(folder, filename_suffix=str(step))
-        log_folder.record_start(folder, step, ['/cpu:0'], writer)
+        writer = tf.summary.FileWriter(self.dir, filename_suffix=str(step))
+        log_folder.record_start(self.dir, step, ['/cpu:0'], writer)
         writer.close()
-    with open(os.path.join(folder, 'runs.jsonl'), encoding='utf-8') as f:
+    with open(os.path.join(self.dir, 'runs.jsonl'), encoding='utf-8') as f:
       runs = [json.loads(line) for line in f]
     self.assertEqual([run['start_step'] for run in runs], [0, 7])
     self.assertEqual(runs[0]['command'], sys.argv)
@@ -107,10 +106,10 @@ class RecordStartTest(LogFolderTestCase):
     self.assertEqual(runs[0]['devices'], ['/cpu:0'])
     commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=PROJECT, capture_output=True,
                             text=True)
-    if not commit.returncode:  # a tree without git, like a release archive, has none
+    if not commit.returncode:  # not in a release archive
       self.assertRegex(runs[0]['git'], f'^{commit.stdout.strip()}[+]?$')
     texts = {event.step: value.tensor.string_val[0].decode()
-             for path in tf.gfile.Glob(os.path.join(folder, 'events.*'))
+             for path in tf.gfile.Glob(os.path.join(self.dir, 'events.*'))
              for event in tf.train.summary_iterator(path) for value in event.summary.value
              if value.tag == 'run' and value.metadata.plugin_data.plugin_name == 'text'}
     self.assertEqual(sorted(texts), [0, 7])

@@ -19,21 +19,21 @@ class LearningRateTest(tf.test.TestCase):
   def rates(self, steps, decay_type, batch_size=10, num_samples=100, **changes):
     recipe = dataclasses.replace(RECIPE, learning_rate_decay_type=decay_type, **changes)
     with tf.Graph().as_default(), tf.Session() as session:
-      step = tf.placeholder(tf.int64, [])
-      rate = optimization.build_learning_rate(recipe, step, num_samples / batch_size, batch_size,
-                                              max_steps=100)
+      images_seen = tf.placeholder(tf.int64, [])
+      rate = optimization.build_learning_rate(recipe, images_seen, num_samples, batch_size,
+                                              total_images=1000)
       self.assertEqual(rate.dtype, tf.float32)
-      return [session.run(rate, {step: i}) for i in steps]
+      return [session.run(rate, {images_seen: step * batch_size}) for step in steps]
 
   def test_fixed(self):
     self.assertAllClose(self.rates([0, 99], 'fixed'), [0.1, 0.1])
 
-  def test_exponential_goes_down_in_steps(self):
-    # 10 steps an epoch, a decay every 2 epochs, by a half; never under 0.004.
+  def test_exponential_staircase(self):
+    # Halves every 2 epochs of 10 steps, but never falls below 0.004.
     self.assertAllClose(self.rates([0, 19, 20, 39, 40, 99, 100], 'exponential'),
                         [0.1, 0.1, 0.05, 0.05, 0.025, 0.00625, 0.004])
 
-  def test_exponential_without_steps(self):
+  def test_smooth_exponential(self):
     self.assertAllClose(self.rates([0, 5, 20, 30], 'exponential', staircase=False),
                         [0.1, 0.1 * 0.5**0.25, 0.05, 0.1 * 0.5**1.5])
 
@@ -51,24 +51,24 @@ class LearningRateTest(tf.test.TestCase):
     expected = [0.004 + 0.096 * (1 + np.cos(np.pi * step / 100)) / 2 for step in (0, 25, 50, 100)]
     self.assertAllClose(self.rates([0, 25, 50, 100, 200], 'cosine'), [*expected, 0.004])
 
-  def test_warm_up_is_a_line_in_front(self):
+  def test_linear_warm_up(self):
     # Two epochs of 10 steps.
     self.assertAllClose(self.rates([0, 9, 18, 19, 20], 'fixed', warmup_epochs=2.0),
                         [0.005, 0.05, 0.095, 0.1, 0.1])
 
-  def test_steps_beyond_what_float32_counts(self):
+  def test_more_images_than_float32_counts(self):
     recipe = dataclasses.replace(RECIPE, learning_rate_decay_type='polynomial',
                                  end_learning_rate=0.0)
     with tf.Graph().as_default(), tf.Session() as session:
-      step = tf.placeholder(tf.int64, [])
-      rate = optimization.build_learning_rate(recipe, step, 10.0, 10, max_steps=2**24 + 2)
-      self.assertAllClose(session.run(rate, {step: 2**24 + 1}), 0.1 / (2**24 + 2), rtol=1e-6)
+      rate = optimization.build_learning_rate(recipe, tf.constant(2**24 + 1, tf.int64), 10, 1,
+                                              total_images=2**24 + 2)
+      self.assertAllClose(session.run(rate), 0.1 / (2**24 + 2), rtol=1e-6)
 
 
 class OptimizerTest(tf.test.TestCase):
 
   def take_two_steps(self, name, variable='weights', **changes):
-    """Values of a weight that starts at 1 and has the gradients 2, then 1."""
+    """Returns a weight, initially 1, after gradients of 2 and 1."""
     recipe = dataclasses.replace(RECIPE, optimizer=name, **changes)
     with tf.Graph().as_default(), tf.Session() as session:
       weight = tf.get_variable(variable, initializer=1.0)
@@ -96,7 +96,7 @@ class OptimizerTest(tf.test.TestCase):
   def test_sgd_has_momentum(self):
     self.assertAllClose(self.take_two_steps('sgd'), [1 - 0.2, 0.8 - 0.1 * (0.8 * 2 + 1)])
 
-  def test_nesterov_looks_ahead(self):
+  def test_nesterov(self):
     momentum, weight, expected = 0.0, 1.0, []
     for gradient in [2.0, 1.0]:
       momentum = 0.8 * momentum + gradient

@@ -22,7 +22,7 @@ class OptionsTest(tf.test.TestCase):
     self.assertEqual((args.log_dir, args.learning_rate, args.num_epochs_per_decay,
                       args.image_size, args.momentum), ('there', 0.5, 3.0, 128, 0.7))
 
-  def test_help_tells_every_default(self):
+  def test_help_names_every_option_and_default(self):
     text = io.StringIO()
     with contextlib.redirect_stdout(text), self.assertRaises(SystemExit) as context:
       options.parse_train_args('Trains.', ['--help'])

@@ -1,0 +1,183 @@
+"""Tests of models.load on models that write_pb.py did not write."""
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import unittest
+
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+from export import models
+import small_model
+
+SIZE = 75
+HAS_ONNX = all(importlib.util.find_spec(name) for name in ('onnx', 'onnxruntime'))
+
+
+def build(images, image_size=SIZE):
+  """A small classifier whose probabilities differ from image to image and depend on positions."""
+  net = tf.reshape(tf.nn.avg_pool2d(images, 15, 15, 'VALID'), [-1, (image_size // 15)**2 * 3])
+  weights = np.random.default_rng(0).normal(0, 2, [net.shape[1], 5]).astype(np.float32)
+  return net @ tf.constant(weights)
+
+
+def random_images(count):
+  images = np.random.default_rng(1).uniform(-1, 1, [count, 5, 5, 3])
+  return images.repeat(15, 1).repeat(15, 2).astype(np.float32)
+
+
+def expected_probabilities(images):
+  with tf.Graph().as_default(), tf.Session() as session:
+    return session.run(tf.nn.softmax(build(tf.constant(images))))
+
+
+class ForeignModelTest(tf.test.TestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.dir = tempfile.mkdtemp()
+    self.addCleanup(shutil.rmtree, self.dir)
+    with open(os.path.join(self.dir, 'labels.txt'), 'w') as f:
+      f.writelines(f'{label}:{name}\n' for label, name in enumerate(small_model.CLASS_NAMES))
+    self.images = random_images(5)
+    self.expected = expected_probabilities(self.images)
+
+  def write(self, name, content):
+    path = os.path.join(self.dir, name)
+    with open(path, 'wb') as f:
+      f.write(content)
+    return path
+
+  def check(self, path, atol=1e-5):
+    model = models.load(path)
+    self.assertEqual((model.image_size, model.class_names), (SIZE, small_model.CLASS_NAMES))
+    for count in (5, 1, 3):
+      self.assertAllClose(model.predict(self.images[:count]), self.expected[:count],
+                          rtol=0, atol=atol)
+    return model
+
+
+class PbTest(ForeignModelTest):
+
+  def write_graph(self, transform=tf.nn.softmax, shape=(None, SIZE, SIZE, 3), name='x',
+                  more=lambda: None):
+    with tf.Graph().as_default() as graph:
+      images = tf.placeholder(tf.float32, shape, name=name)
+      transform(build(images))
+      more()
+    return self.write('model.pb', graph.as_graph_def().SerializeToString())
+
+  def test_other_names_and_a_fixed_batch(self):
+    self.check(self.write_graph())
+    self.check(self.write_graph(shape=(2, SIZE, SIZE, 3)))
+    self.check(self.write_graph(
+        lambda logits: tf.nn.softmax(logits)[:, tf.newaxis, tf.newaxis], name='data'))
+
+  def test_unknown_image_size(self):
+    path = self.write_graph(shape=(None, None, None, 3))
+    with self.assertRaisesRegex(models.ModelError, 'leaves the image size open'):
+      models.load(path)
+    with open(os.path.join(self.dir, 'model.json'), 'w') as f:
+      json.dump({'image_size': SIZE, 'class_names': small_model.CLASS_NAMES, 'files': []}, f)
+    self.check(path)
+    os.remove(os.path.join(self.dir, 'labels.txt'))
+    self.check(path)
+
+  def test_refused_models(self):
+    for path, message in [
+        (lambda: self.write_graph(more=lambda: tf.placeholder(tf.bool, name='is_training')),
+         'has 2 inputs, is_training, x: one must be named input'),
+        (lambda: self.write_graph(more=lambda: tf.identity(tf.constant(1.0), name='loss')),
+         'has 2 outputs, Softmax, loss: one must be named output'),
+        (lambda: self.write_graph(shape=(None, SIZE, 90, 3)), 'expected square images'),
+        (lambda: self.write_graph(lambda logits: tf.nn.softmax(logits)[:, :3]), 'has 3'),
+        (lambda: self.write_graph(more=lambda: tf.Variable(1.0)), 'has variables')]:
+      with self.assertRaisesRegex(models.ModelError, message):
+        models.load(path())
+    model = models.load(self.write_graph(tf.identity))
+    with self.assertRaisesRegex(models.ModelError, 'must end with a softmax'):
+      model.predict(self.images)
+
+  def test_the_file_in_a_saved_model(self):
+    path = os.path.join(self.dir, 'other')
+    with tf.Graph().as_default(), tf.Session() as session:
+      images = tf.placeholder(tf.float32, [None, SIZE, SIZE, 3])
+      tf.saved_model.simple_save(session, path, {'pixels': images},
+                                 {'scores': tf.nn.softmax(build(images))})
+    self.check(path)
+    self.check(os.path.join(path, 'saved_model.pb'))
+
+
+class TFLiteTest(ForeignModelTest):
+
+  def convert(self, shape=(None, SIZE, SIZE, 3), io_type=None):
+    with tf.Graph().as_default(), tf.Session() as session:
+      images = tf.placeholder(tf.float32, shape, name='x')
+      converter = tf.lite.TFLiteConverter.from_session(
+          session, [images], [tf.nn.softmax(build(images))])
+      if io_type:
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.representative_dataset = lambda: ([image[np.newaxis]]
+                                                    for image in random_images(50))
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+        converter.inference_input_type = converter.inference_output_type = io_type
+      return converter.convert()
+
+  def test_8_bit_input_and_output(self):
+    for io_type in (tf.uint8, tf.int8):
+      self.check(self.write('int8.tflite', self.convert(io_type=io_type)), atol=0.05)
+
+  def test_a_fixed_batch(self):
+    self.check(self.write('one.tflite', self.convert((1, SIZE, SIZE, 3))))
+    self.check(self.write('two.tflite', self.convert((2, SIZE, SIZE, 3))))
+
+  def test_truncated_files(self):
+    content = self.convert()
+    for length in [*range(8, len(content) - 64, 97), len(content) // 2]:
+      path = self.write('cut.tflite', content[:length])
+      with self.assertRaisesRegex(models.ModelError, 'cut.tflite is damaged or truncated'):
+        models.load(path)
+
+
+@unittest.skipUnless(HAS_ONNX, 'onnx or onnxruntime is not installed')
+class OnnxTest(ForeignModelTest):
+
+  def write_onnx(self, shape, is_channels_first=False):
+    import onnx
+    nodes, net = [], 'data'
+    if not is_channels_first:
+      nodes.append(onnx.helper.make_node('Transpose', ['data'], ['nchw'], perm=[0, 3, 1, 2]))
+      net = 'nchw'
+    weights = np.random.default_rng(0).normal(0, 2, [75, 5]).astype(np.float32)
+    nodes += [
+        onnx.helper.make_node('AveragePool', [net], ['pool'], kernel_shape=[15, 15],
+                              strides=[15, 15]),
+        onnx.helper.make_node('Transpose', ['pool'], ['nhwc'], perm=[0, 2, 3, 1]),
+        onnx.helper.make_node('Flatten', ['nhwc'], ['flat']),
+        onnx.helper.make_node('MatMul', ['flat', 'weights'], ['logits']),
+        onnx.helper.make_node('Softmax', ['logits'], ['scores'])]
+    graph = onnx.helper.make_graph(
+        nodes, 'g', [onnx.helper.make_tensor_value_info('data', onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_tensor_value_info('scores', onnx.TensorProto.FLOAT, [shape[0], 5])],
+        [onnx.numpy_helper.from_array(weights, 'weights')])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid('', 18)],
+                                   ir_version=9)
+    return self.write('model.onnx', model.SerializeToString())
+
+  def test_layouts_and_batches(self):
+    self.check(self.write_onnx(['n', SIZE, SIZE, 3]))
+    self.check(self.write_onnx(['n', 3, SIZE, SIZE], is_channels_first=True))
+    self.check(self.write_onnx([1, 3, SIZE, SIZE], is_channels_first=True))
+
+  def test_a_truncated_file(self):
+    with open(self.write_onnx([1, SIZE, SIZE, 3]), 'rb') as f:
+      content = f.read()
+    with self.assertRaisesRegex(models.ModelError, 'not an ONNX model'):
+      models.load(self.write('cut.onnx', content[:len(content) // 2]))
+
+
+if __name__ == '__main__':
+  tf.test.main()
