@@ -4,8 +4,10 @@
 
 Writes into --log_eval: metrics.json, predictions.csv (the label, prediction and
 probabilities of every image), confusion_matrix.png, mistakes.png (the most
-confident ones), predictions.png (images from the whole split) and TensorBoard
-events at the checkpoint's step. The last line is `Accuracy: 0.xxxx (nn of NN)`.
+confident ones), predictions.png (images from the whole split), roc.png and
+precision_recall.png (each class against all others), calibration.png (accuracy
+by confidence) and TensorBoard events at the checkpoint's step. The last line is
+`Accuracy: 0.xxxx (nn of NN)`.
 
   python eval_flowers.py --dataset_dir dataset --log_dir log --watch --eval_on_cpu
 

@@ -234,6 +234,16 @@ def check_same_variables(checkpoint):
         'or choose another --log_dir')
 
 
+def sha256(checkpoint):
+  """Returns the SHA-256 of a checkpoint's index, which has a checksum of every variable.
+
+  It identifies the content of the checkpoint, wherever that is copied or moved. A
+  checkpoint of version 1 is a single file, whose SHA-256 it is.
+  """
+  index = f'{checkpoint}.index'
+  return files.sha256(index if os.path.exists(index) else checkpoint)
+
+
 def save_config(config, log_dir):
   """Writes the configuration to log_dir atomically."""
   text = json.dumps(dataclasses.asdict(config), indent=2, ensure_ascii=False) + '\n'

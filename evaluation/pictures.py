@@ -24,6 +24,7 @@ GRID_COLUMNS = 6
 MAX_GRID_IMAGES = 30
 MAX_NAME_WIDTH = 21  # columns of a terminal, see metrics.text_width
 MAX_NUMBERED_CLASSES = 30  # up to this many, cells of the confusion matrix show their counts
+MAX_CURVES = 20  # of more classes, those with the smallest areas are shown
 MAX_NAMED_CLASSES = 120  # up to this many, its rows and columns show their names
 NUM_CONFUSIONS = 20  # pairs listed beside a confusion matrix without counts
 THUMBNAIL_SIZE = 128  # pixels of the longer side
@@ -161,6 +162,76 @@ def draw_contact_sheet(thumbnails, class_names):
     if rows < len(class_names):
       axis.set_title(f'The first {rows} of {len(class_names)} classes')
     return _png(figure, bbox_inches='tight', pad_inches=0.2)
+
+
+def draw_curves(kind, result, values, class_names):
+  """Draws the ROC or precision-recall curve of each class against all others.
+
+  Args:
+    kind: 'roc' or 'precision_recall'.
+    result: evaluator.Evaluation.
+    values: its curves.Curves.
+    class_names: list of names.
+
+  Returns:
+    Bytes of a PNG file.
+  """
+  from sklearn import metrics as sklearn_metrics  # takes a second that --help does not have
+
+  area, title, x_label, y_label = {
+      'roc': ('roc_auc', 'ROC curves', 'false positive rate', 'true positive rate'),
+      'precision_recall': ('average_precision', 'Precision-recall curves', 'recall', 'precision'),
+  }[kind]
+  areas, averages = getattr(values, area), values.averages[area]
+  shown = [label for label in np.argsort(areas, kind='stable')[:MAX_CURVES]  # NaN comes last
+           if not np.isnan(areas[label])]
+  with _drawable_names(class_names) as names:
+    figure = Figure(figsize=(5, 5))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlabel=x_label, ylabel=y_label, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    axis.set_prop_cycle(color=matplotlib.colormaps['tab10' if len(shown) <= 10 else 'tab20'].colors)
+    axis.grid(color='0.9', linewidth=0.5)
+    for label in shown:
+      truth, scores = result.labels == label, result.probabilities[:, label]
+      if kind == 'roc':
+        x, y, _ = sklearn_metrics.roc_curve(truth, scores)
+      else:
+        y, x, _ = sklearn_metrics.precision_recall_curve(truth, scores)
+      axis.plot(x, y, label=f'{areas[label]:.4f}  {names[label]}')
+    if shown:
+      title += f'\nmean area: {averages["macro"]:.4f} macro, {averages["weighted"]:.4f} weighted'
+      axis.legend(loc='upper left', bbox_to_anchor=(1.02, 1), frameon=False, alignment='left',
+                  title='Area' if len(shown) == len(names) else
+                  f'Smallest areas, {len(shown)} of {len(names)}')
+    axis.set_title(title)
+    return _png(figure, bbox_inches='tight', pad_inches=0.2)
+
+
+def draw_calibration(calibration):
+  """Draws a reliability diagram, with the number of images in each bin below it.
+
+  Args:
+    calibration: curves.Calibration.
+
+  Returns:
+    Bytes of a PNG file.
+  """
+  num_bins = len(calibration.num_images)
+  edges = np.arange(num_bins) / num_bins
+  figure = Figure(figsize=(5, 6), layout='constrained')
+  upper, lower = figure.subplots(2, sharex=True, height_ratios=[4, 1])
+  upper.bar(edges, np.nan_to_num(calibration.accuracy), 1 / num_bins, align='edge',
+            color='tab:blue', edgecolor='white')
+  upper.plot([0, 1], [0, 1], color='grey', linestyle='--', label='perfect calibration')
+  upper.plot(calibration.confidence, calibration.accuracy, 'o', color='crimson',
+             label='mean of a bin')
+  upper.set(ylabel='accuracy', xlim=(0, 1), ylim=(0, 1.02),
+            title=f'Expected calibration error: {calibration.expected_error:.4f}')
+  upper.legend(loc='upper left', frameon=False)
+  lower.bar(edges, calibration.num_images, 1 / num_bins, align='edge', color='0.6',
+            edgecolor='white')
+  lower.set(xlabel='probability of the predicted class', ylabel='images')
+  return _png(figure)
 
 
 def undrawable_names(class_names):

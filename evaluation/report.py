@@ -13,6 +13,7 @@ import tensorflow.compat.v1 as tf
 
 from common import checkpoints
 from common import files
+from evaluation import curves
 from evaluation import evaluator
 from evaluation import metrics
 from evaluation import pictures
@@ -37,8 +38,11 @@ def write(folder, writer, result, computed, picture_indices, class_names, about)
   Returns:
     Names of the files.
   """
-  drawn = _draw_pictures(result, computed, picture_indices, class_names)
-  values = {**metrics.to_dict(computed, class_names), **about}
+  found = curves.compute(result.labels, result.probabilities)
+  drawn = _draw_pictures(result, computed, found, picture_indices, class_names)
+  values = {**metrics.to_dict(computed, class_names), **curves.to_dict(found), **about}
+  for entry, areas in zip(values['classes'], values.pop('areas')):
+    entry.update(areas)
   text = json.dumps(values, indent=2, ensure_ascii=False) + '\n'
   contents = {
       # Bytes of a path that are not UTF-8 become JSON escapes.
@@ -48,8 +52,10 @@ def write(folder, writer, result, computed, picture_indices, class_names, about)
   }
   for name, content in contents.items():
     files.write_atomically(os.path.join(folder, name), content)
-  _write_events(writer, computed, drawn, metrics.format_table(computed, class_names),
-               about['global_step'])
+  table = metrics.format_table(computed, class_names)
+  if found.thresholds:
+    table += f'\n\n{curves.format_thresholds(found.thresholds)}'
+  _write_events(writer, computed, found, drawn, table, about['global_step'])
   return list(contents)
 
 
@@ -71,7 +77,7 @@ def _format_predictions(result, class_names):
   return text.getvalue()
 
 
-def _draw_pictures(result, computed, picture_indices, class_names):
+def _draw_pictures(result, computed, found, picture_indices, class_names):
   """Returns {name: bytes of a PNG file} of the pictures of an Evaluation."""
   num_mistakes = computed.num_images - computed.num_correct
   return {
@@ -81,14 +87,20 @@ def _draw_pictures(result, computed, picture_indices, class_names):
           f'The most confident of {num_mistakes} mistakes' if num_mistakes else 'No mistakes'),
       'predictions': pictures.draw_predictions(
           result, picture_indices, class_names, 'Images from the whole split'),
+      'roc': pictures.draw_curves('roc', result, found, class_names),
+      'precision_recall': pictures.draw_curves('precision_recall', result, found, class_names),
+      'calibration': pictures.draw_calibration(found.calibration),
   }
 
 
-def _write_events(writer, computed, drawn, table, step):
+def _write_events(writer, computed, found, drawn, table, step):
   """Adds metrics, pictures and the table to TensorBoard at the checkpoint's step."""
   # Tags of train_flowers.py, so that both curves share one chart.
   scalars = {'accuracy': computed.accuracy, 'losses/cross_entropy': computed.loss,
-             'macro_f1': computed.macro_average.f1}
+             'macro_f1': computed.macro_average.f1,
+             'expected_calibration_error': found.calibration.expected_error}
+  scalars.update({name: averages['macro'] for name, averages in found.averages.items()
+                  if averages['macro'] is not None})
   if computed.top_5_accuracy is not None:
     scalars['top_5_accuracy'] = computed.top_5_accuracy
   values = [tf.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
@@ -257,14 +269,12 @@ class SplitEvaluation:
 def _describe_checkpoint(checkpoint):
   """Returns the entries of metrics.json that identify a checkpoint.
 
-  The index file holds a checksum of every variable, so its own checksum stands
-  for the content of the checkpoint, wherever that is copied or moved.
-
   Raises:
     checkpoints.CheckpointError: it cannot be read.
   """
   try:
-    return {'checkpoint': checkpoint, 'checkpoint_sha256': files.sha256(f'{checkpoint}.index'),
+    return {'checkpoint': checkpoint, 'checkpoint_sha256': checkpoints.sha256(checkpoint),
             'global_step': checkpoints.global_step(checkpoint)}
-  except (tf.errors.OpError, OSError, ValueError) as error:
+  except (tf.errors.OpError, IndexError, OSError, ValueError) as error:
+    # An IndexError means that a data file is too short.
     raise checkpoints.CheckpointError(f'{checkpoint} cannot be read: {error}') from error

@@ -194,7 +194,7 @@ def find_metrics(checkpoint, is_averaged, image_size):
     image_size: height and width of the images in pixels.
   """
   folder = os.path.dirname(checkpoint)
-  identity = {'checkpoint_sha256': files.sha256(f'{checkpoint}.index'),
+  identity = {'checkpoint_sha256': checkpoints.sha256(checkpoint),
               'uses_averages': is_averaged, 'image_size': image_size}
   for path in (os.path.join(folder, 'eval', 'metrics.json'),
                os.path.join(os.path.dirname(folder), 'eval', 'metrics.json')):

@@ -18,6 +18,7 @@ import tensorflow.compat.v1 as tf
 from common import checkpoints
 from deployment import towers
 import eval_flowers
+from evaluation import curves
 from evaluation import evaluator
 from evaluation import metrics
 from evaluation import report
@@ -29,7 +30,7 @@ import small_model
 import write_pb
 
 FILES = ['metrics.json', 'predictions.csv', 'confusion_matrix.png', 'mistakes.png',
-         'predictions.png']
+         'predictions.png', 'roc.png', 'precision_recall.png', 'calibration.png']
 
 
 def evaluate(*args):
@@ -92,8 +93,17 @@ class OnceTest(EvalTestCase):
         found['loss'], -np.log(probabilities[range(100), labels.astype(int)]).mean(), atol=1e-5)
     expected = metrics.to_dict(metrics.compute(labels.astype(int), probabilities, np.zeros(100)),
                                small_model.CLASS_NAMES)
-    for key in ('accuracy', 'confusion_matrix', 'classes', 'macro_average', 'weighted_average'):
+    for key in ('accuracy', 'confusion_matrix', 'macro_average', 'weighted_average'):
       self.assertEqual(found[key], expected[key])
+    separation = curves.to_dict(curves.compute(labels.astype(int), probabilities))
+    for entry, areas in zip(expected['classes'], separation.pop('areas')):
+      entry.update(areas)
+    self.assertEqual(found['classes'], expected['classes'])
+    self.assertAllClose(found['roc_auc'], separation['roc_auc'])
+    self.assertAllClose(found['expected_calibration_error'],
+                        separation['expected_calibration_error'])
+    self.assertContainsSubset(
+        {('roc_auc', 3), ('average_precision', 3), ('calibration', 3)}, self.events())
     self.assertIsNone(found['top_5_accuracy'])
     self.assertEqual((found['checkpoint'], found['global_step'], found['num_images'],
                       found['num_bad_records'], found['uses_averages']),
@@ -114,6 +124,26 @@ class OnceTest(EvalTestCase):
         f'95 % confidence interval of the accuracy: {low:.4f} to {high:.4f}',
         f'Accuracy: {found["accuracy"]:.4f} ({found["num_correct"]} of 100)'])
     self.assertContainsSubset(FILES, os.listdir(os.path.join(self.log_dir, 'eval')))
+
+  def test_checkpoint_of_version_1(self):
+    self.without_pictures()
+    reader = tf.train.load_checkpoint(small_model.write_checkpoint(self.log_dir))
+    with tf.Graph().as_default(), tf.Session() as session:
+      variables = [tf.Variable(reader.get_tensor(name), name=name)
+                   for name in reader.get_variable_to_shape_map()]
+      session.run(tf.global_variables_initializer())
+      path = tf.train.Saver(variables, write_version=tf.train.SaverDef.V1).save(
+          session, os.path.join(self.log_dir, 'old.ckpt'), write_meta_graph=False)
+    self.assertTrue(os.path.isfile(path))
+    evaluate('--log_dir', self.log_dir, '--checkpoint_path', path)
+    expected = self.read_metrics()
+    self.assertEqual(expected['accuracy'], 1.0)
+    pb = os.path.join(self.dir, 'model.pb')
+    with contextlib.redirect_stdout(io.StringIO()):
+      write_pb.main(write_pb.parse_args(['--log_dir', self.log_dir, '--checkpoint_path', path,
+                                         '--output_file', pb, '--noverify']))
+    with open(os.path.join(self.dir, 'model.json'), encoding='utf-8') as f:
+      self.assertEqual(json.load(f)['metrics'], expected)
 
   def test_which_weights(self):
     self.without_pictures()
@@ -359,10 +389,10 @@ class WatchTest(EvalTestCase):
 
   def test_damaged_checkpoint(self):
     path, = self.save_all(1)
-    with open(path + '.index', 'wb') as f:
-      f.write(b'damaged')
-    with self.assertRaisesRegex(checkpoints.CheckpointError, 'model.ckpt-1 cannot be read'):
-      self.watch()
+    for file in (path + '.data-00000-of-00001', path + '.index'):
+      os.truncate(file, 100)
+      with self.assertRaisesRegex(checkpoints.CheckpointError, 'model.ckpt-1 cannot be read'):
+        self.watch()
 
 
 if __name__ == '__main__':

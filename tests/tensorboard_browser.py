@@ -19,10 +19,11 @@ import pipeline_test
 from scripts import DATASET_DIR
 
 BROWSERS = ['chromium', 'chromium-browser', 'google-chrome']
-SCALARS = ['accuracy', 'images_per_second', 'learning_rate', 'losses/cross_entropy',
-           'losses/regularization', 'losses/total_loss', 'macro_f1']
-IMAGES = ['confusion_matrix', *(f'distorted_images/image/{i}' for i in range(4)), 'mistakes',
-          'predictions']
+SCALARS = ['accuracy', 'average_precision', 'expected_calibration_error', 'images_per_second',
+           'learning_rate', 'losses/cross_entropy', 'losses/regularization', 'losses/total_loss',
+           'macro_f1', 'roc_auc']
+IMAGES = ['calibration', 'confusion_matrix', *(f'distorted_images/image/{i}' for i in range(4)),
+          'mistakes', 'precision_recall', 'predictions', 'roc']
 TIMEOUT_MS = 60_000
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 import tensorflow.compat.v1 as tf
 
+from evaluation import curves
 from evaluation import evaluator
 from evaluation import pictures
 
@@ -120,6 +121,50 @@ class PredictionsTest(tf.test.TestCase):
                           'No mistakes')
     self.assertEqual(texts, ['No mistakes'])
     self.assertLess(pixels(png).mean(), 255)
+
+
+class CurvesTest(tf.test.TestCase):
+
+  def draw(self, kind, num_classes):
+    """Draws curves that are perfect but for class 0; returns areas, axis, title and texts."""
+    labels = np.repeat(np.arange(num_classes), 3)
+    probabilities = np.eye(num_classes)[labels]
+    probabilities[:, 0] = 0.1 * (labels != 0)
+    result = evaluator.Evaluation(labels, probabilities, None, None, {}, [], None)
+    found = curves.compute(labels, probabilities)
+    names = [f'species {i}' for i in range(num_classes)]
+    figures = []
+    with mock.patch.object(pictures, '_png', lambda figure, **_: figures.append(figure)):
+      pictures.draw_curves(kind, result, found, names)
+    axis, = figures[0].axes
+    legend = axis.get_legend()
+    return found, axis, legend.get_title().get_text(), [text.get_text() for text in legend.texts]
+
+  def test_few_classes(self):
+    for kind, name in (('roc', 'roc_auc'), ('precision_recall', 'average_precision')):
+      found, axis, title, texts = self.draw(kind, 5)
+      areas = getattr(found, name)
+      self.assertEqual(title, 'Area')
+      self.assertLess(areas[0], 0.5)
+      self.assertCountEqual(texts, [f'{area:.4f}  species {i}' for i, area in enumerate(areas)])
+      self.assertEqual(texts[0], f'{areas[0]:.4f}  species 0')  # the worst one first
+      self.assertIn(f'mean area: {areas.mean():.4f} macro', axis.get_title())
+
+  def test_many_classes_show_the_worst(self):
+    _, axis, title, texts = self.draw('roc', 100)
+    self.assertEqual(title, 'Smallest areas, 20 of 100')
+    self.assertLen(axis.lines, 20)
+    self.assertEqual(texts[0].split(maxsplit=1)[1], 'species 0')
+
+  def test_calibration(self):
+    labels, probabilities = np.array([0, 1, 1]), np.array([[0.95, 0.05], [0.35, 0.65], [0.6, 0.4]])
+    figures = []
+    with mock.patch.object(pictures, '_png', figures.append):
+      pictures.draw_calibration(curves.calibrate(labels, probabilities))
+    upper, lower = figures[0].axes
+    self.assertEqual(upper.get_title(), 'Expected calibration error: 0.1000')
+    self.assertAllClose([bar.get_height() for bar in upper.patches], [0] * 6 + [0.5, 0, 0, 1])
+    self.assertEqual([bar.get_height() for bar in lower.patches], [0] * 6 + [2, 0, 0, 1])
 
 
 class NamesTest(tf.test.TestCase):
