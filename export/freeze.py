@@ -20,6 +20,7 @@ from export import comparison
 from export import folding
 from export import formats
 from export import models
+from export import quantization
 from export import runtimes
 from records import flowers
 import xception
@@ -119,7 +120,8 @@ def _describe_files(paths, comparisons):
       described.append({
           'file': os.path.relpath(file, os.path.dirname(path)), 'format': name,
           'bytes': os.path.getsize(file), 'sha256': files.sha256(file),
-          **(comparisons[name]._asdict() if name in comparisons else {})})
+          **(comparisons[name]._asdict() if name in comparisons else {}),
+          **(quantization.describe(path) if formats.FORMATS[name].is_calibrated else {})})
   return described
 
 
@@ -138,7 +140,7 @@ def find_metrics(checkpoint):
 def _describe_model(checkpoint, config, is_averaged, fold, precision, described_files):
   """Returns the content of model.json."""
   packages = ['tensorflow', 'tf-slim', 'numpy'] + ['tf2onnx'] * any(
-      file['format'] == 'onnx' for file in described_files)
+      file['format'].startswith('onnx') for file in described_files)
   return {
       'image_size': config.image_size,
       'input_range': [-1, 1],
@@ -170,7 +172,8 @@ def _replace(source, target):
 
 
 def write_models(checkpoint, config, paths, images=None, use_averages='auto', fold=True,
-                 precision='float32', settings=formats.Settings()):
+                 precision='float32', settings=formats.Settings(),
+                 max_accuracy_loss=comparison.MAX_ACCURACY_LOSS):
   """Freezes a checkpoint and writes it in several formats, labels.txt and model.json beside them.
 
   Nothing gets its final name before every file was compared with the checkpoint.
@@ -184,6 +187,7 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
     fold: whether batch norms are folded into the convolutions.
     precision: one of models.PRECISIONS, what the files compute in.
     settings: formats.Settings.
+    max_accuracy_loss: see `comparison.verify`.
 
   Returns:
     Whether the weights are Polyak averages.
@@ -201,7 +205,8 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
     graph_def = formats.fix_batch_size(graph_def, settings.batch_size)
   with tempfile.TemporaryDirectory(prefix='write_pb.', suffix='.tmp', dir=folder) as temporary:
     drafts = write_drafts(graph_def, config.class_names, paths, temporary, settings)
-    comparisons = comparison.verify(drafts, images, predict, precision) if images else {}
+    comparisons = comparison.verify(
+        drafts, images, predict, precision, max_accuracy_loss) if images else {}
     description = _describe_model(checkpoint, config, is_averaged, fold, precision,
                                   _describe_files(drafts, comparisons))
     with open(os.path.join(temporary, models.MODEL_FILE), 'w', encoding='utf-8') as f:
