@@ -26,6 +26,7 @@ from export import comparison
 from export import formats
 from export import freeze
 from export import models
+from export import quantization
 from records import flowers
 
 
@@ -77,6 +78,12 @@ def parse_args(argv=None):
                       help=f'version of the ONNX operators, {formats.MIN_ONNX_OPSET} or newer')
   parser.add_argument('--nchw', action='store_true',
                       help='gives ONNX the input [n, 3, image_size, image_size]')
+  group = parser.add_argument_group('formats with 8-bit activations')
+  group.add_argument('--calibration_images', type=arguments.positive_int,
+                     default=quantization.CALIBRATION_IMAGES,
+                     help='training images that give the range of every activation')
+  group.add_argument('--max_accuracy_loss', type=float, default=comparison.MAX_ACCURACY_LOSS,
+                     help='largest share of the validation images that may be lost to them')
   group = parser.add_argument_group('comparison with the checkpoint')
   group.add_argument('--noverify', action='store_false', dest='verify',
                      help='writes the files without comparing them')
@@ -98,15 +105,23 @@ def main(args):
   checkpoint = checkpoints.find(args.log_dir, args.checkpoint_path)
   config = checkpoints.load_config(checkpoint)
   config = dataclasses.replace(config, image_size=args.image_size or config.image_size)
-  settings = formats.Settings(args.batch_size, args.opset, args.nchw)
   formats.require_packages(args.formats, args.verify, args.opset)
   paths = freeze.plan_files(args.formats, args.output_file)
   folder = os.path.dirname(args.output_file) or '.'
   freeze.check_labels(config.class_names, os.path.join(folder, flowers.LABELS_FILE))
   images = comparison.find_images(
       args.dataset_dir, args.dataset_name, config.image_size) if args.verify else None
-  is_averaged = freeze.write_models(checkpoint, config, paths, images, args.use_averages,
-                                    not args.nofold, args.precision, settings)
+  calibration_images = None
+  if any(formats.FORMATS[name].is_calibrated for name in args.formats):
+    if args.verify:
+      comparison.require_labels(images, config.class_names)
+    calibration_images = quantization.read_calibration_images(
+        args.dataset_dir or comparison.DATASET_DIR, args.dataset_name, config.class_names,
+        config.image_size, args.calibration_images)
+  settings = formats.Settings(args.batch_size, args.opset, args.nchw, calibration_images)
+  is_averaged = freeze.write_models(
+      checkpoint, config, paths, images, args.use_averages, not args.nofold, args.precision,
+      settings, args.max_accuracy_loss)
   print(f'Froze {checkpoint}' + ', averaged weights' * is_averaged
         + f': input node {models.INPUT_NODE}, float32 [{args.batch_size}, {config.image_size}, '
         f'{config.image_size}, 3] in [-1, 1]; output node {models.OUTPUT_NODE}, float32 '

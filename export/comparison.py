@@ -23,12 +23,19 @@ from records import tfrecords
 DATASET_DIR = 'dataset'
 MAX_IMAGES = 100
 BATCH_SIZE = 8
-TABLE_ROW = '{:<15} {:>12} {:>12} {:>8} {:>9}'
+TABLE_ROW = '{:<16} {:>12} {:>12} {:>8} {:>9}'
 MIN_AGREEMENT = 0.99  # share of the images whose most probable class must be the same
+
+# Of formats with 8-bit activations. Their classes agree for MAX_DISAGREEMENT of the images
+# plus the accuracy that they may lose.
+MAX_ACCURACY_LOSS = 0.01
+MAX_DISAGREEMENT = 0.04
 
 Images = collections.namedtuple('Images', [
     'encoded',  # list of bytes, JPEG or PNG files
     'preprocessed',  # float32 [n, image_size, image_size, 3] in [-1, 1], the same images
+    'labels',  # list of n ints; None of random images
+    'class_names',  # of the labels
     'description',  # where they come from, for the user
 ])
 Measurement = collections.namedtuple('Measurement', [
@@ -39,6 +46,7 @@ Comparison = collections.namedtuple('Comparison', [
     'max_difference',  # largest difference of a probability
     'agreement',  # share of the images whose most probable class is the same
     'milliseconds',  # per image, in batches of BATCH_SIZE
+    'accuracy_loss',  # accuracy of the checkpoint minus that of the format; None without labels
 ])
 
 
@@ -59,8 +67,9 @@ def find_images(dataset_dir, dataset_name, image_size):
     flowers.DatasetError: dataset_dir holds no dataset.
   """
   folder = dataset_dir or DATASET_DIR
+  labels, class_names = None, None
   try:
-    encoded = _read_validation_images(folder, dataset_name)
+    encoded, labels, class_names = _read_validation_images(folder, dataset_name)
     description = f'{len(encoded)} validation images of {folder}'
   except flowers.DatasetError:
     if dataset_dir:
@@ -68,25 +77,44 @@ def find_images(dataset_dir, dataset_name, image_size):
     encoded = _draw_random_images(image_size)
     description = f'{len(encoded)} random images, because there is no dataset in {folder}'
   preprocess = models.Preprocessor(image_size)
-  return Images(encoded, np.stack([preprocess(content) for content in encoded]), description)
+  return Images(encoded, np.stack([preprocess(content) for content in encoded]), labels,
+                class_names, description)
+
+
+def require_labels(images, class_names):
+  """Checks that the accuracies of formats with 8-bit activations can be compared.
+
+  Args:
+    images: Images.
+    class_names: the checkpoint's.
+
+  Raises:
+    ComparisonError: there are fewer than MAX_IMAGES images, or they have other classes.
+  """
+  if images.class_names != class_names or len(images.encoded) < MAX_IMAGES:
+    raise ComparisonError(
+        f'8-bit formats lose accuracy, which takes {MAX_IMAGES} validation images of the '
+        f'checkpoint\'s classes to measure, got {images.description}: give a --dataset_dir, or '
+        '--noverify to write them unmeasured')
 
 
 def _read_validation_images(dataset_dir, dataset_name):
   dataset = flowers.get_split('validation', dataset_dir, flowers.name_pattern(dataset_name))
   read = flowers.RecordReader(dataset)
   num_images = min(MAX_IMAGES, dataset.num_samples)
-  encoded = []
+  encoded, labels = [], []
   for number in np.linspace(0, dataset.num_samples - 1, num_images).astype(int):
     try:
-      read(number)
+      _, label = read(number)
     except tfrecords.RecordError:
       continue  # Evaluation skips it too.
     example = tf.train.Example.FromString(dataset.records[number])
     encoded.append(example.features.feature['image/encoded'].bytes_list.value[0])
+    labels.append(label)
   if not encoded:
     raise flowers.DatasetError(f'No validation image of {dataset_dir} is usable: '
                                + flowers.describe_bad_record(dataset, 0))
-  return encoded
+  return encoded, labels, list(dataset.labels_to_names.values())
 
 
 def _draw_random_images(image_size):
@@ -125,19 +153,40 @@ def compare(model, images, reference):
   """Compares a FrozenModel with a checkpoint's Measurement; returns a Comparison."""
   found = measure(model.predict,
                   images.preprocessed if model.image_size else images.encoded)
+  classes, expected = found.probabilities.argmax(1), reference.probabilities.argmax(1)
+  accuracy_loss = None if images.labels is None else float(
+      np.mean(expected == images.labels) - np.mean(classes == images.labels))
   return Comparison(
       max_difference=float(np.abs(found.probabilities - reference.probabilities).max()),
-      agreement=float(np.mean(
-          found.probabilities.argmax(1) == reference.probabilities.argmax(1))),
-      milliseconds=found.milliseconds)
+      agreement=float(np.mean(classes == expected)),
+      milliseconds=found.milliseconds,
+      accuracy_loss=accuracy_loss)
 
 
-def is_close(comparison, bound):
-  """Whether the probabilities are within `bound` and the classes agree; False for NaN."""
-  return comparison.max_difference <= bound and comparison.agreement >= MIN_AGREEMENT
+def find_fault(comparison, bound, max_accuracy_loss=MAX_ACCURACY_LOSS):
+  """Returns how a format differs too much from the checkpoint, None if it does not.
+
+  Args:
+    comparison: Comparison.
+    bound: largest allowed difference of a probability; None if it is the accuracy
+      that counts.
+    max_accuracy_loss: largest allowed loss of accuracy, in [0, 1].
+  """
+  if bound is None:
+    min_agreement = 1 - MAX_DISAGREEMENT - max_accuracy_loss
+    if comparison.accuracy_loss > max_accuracy_loss + 1e-9:
+      return (f'it loses {comparison.accuracy_loss:.1%} of accuracy, {max_accuracy_loss:.1%} are '
+              'allowed by --max_accuracy_loss')
+  else:
+    min_agreement = MIN_AGREEMENT
+    if not comparison.max_difference <= bound:  # NaN too
+      return f'a difference of {bound:.0e} is allowed'
+  if comparison.agreement < min_agreement or np.isnan(comparison.max_difference):
+    return f'the class must be the same for {min_agreement:.0%} of the images'
+  return None
 
 
-def verify(paths, images, predict, precision):
+def verify(paths, images, predict, precision, max_accuracy_loss=MAX_ACCURACY_LOSS):
   """Compares written files with the checkpoint, and prints a table.
 
   Args:
@@ -145,6 +194,7 @@ def verify(paths, images, predict, precision):
     images: Images to compare on.
     predict: the checkpoint's function from `freeze.freeze`.
     precision: what the files compute in, one of models.PRECISIONS.
+    max_accuracy_loss: of formats with 8-bit activations, in [0, 1].
 
   Returns:
     {format: Comparison}.
@@ -157,19 +207,20 @@ def verify(paths, images, predict, precision):
   print(f'Compared on {images.description}; ms per image in batches of {BATCH_SIZE}')
   print(TABLE_ROW.format('format', 'bytes', 'difference', 'top-1', 'ms'))
   print(TABLE_ROW.format('checkpoint', '', '', '', f'{reference.milliseconds:.1f}'), flush=True)
-  comparisons, too_far = {}, []
+  comparisons, faults = {}, []
   for name, path in paths.items():
     comparison = compare(models.load(path, use_gpu=False), images, reference)
     print(TABLE_ROW.format(
         name, f'{models.num_bytes(path):,}', f'{comparison.max_difference:.1e}',
         f'{comparison.agreement:.1%}', f'{comparison.milliseconds:.1f}'), flush=True)
-    bound = (formats.BFLOAT16_BOUND if precision == 'bfloat16'
-             else formats.FORMATS[name].bound)
-    if not is_close(comparison, bound):
-      too_far.append(f'{name} (allowed: a difference of {bound:.0e}, the same class for '
-                     f'{MIN_AGREEMENT:.0%} of the images)')
+    bound = formats.BFLOAT16_BOUND if precision == 'bfloat16' else formats.FORMATS[name].bound
+    fault = find_fault(comparison, bound, max_accuracy_loss)
+    if fault:
+      faults.append(f'{name} ({fault})')
+    elif bound is None:
+      print(f'{name} loses {comparison.accuracy_loss:.1%} of the checkpoint\'s accuracy')
     comparisons[name] = comparison
-  if too_far:
+  if faults:
     raise ComparisonError('Nothing was written, because these formats differ too much from the '
-                          'checkpoint: ' + ', '.join(too_far))
+                          'checkpoint: ' + ', '.join(faults))
   return comparisons

@@ -6,6 +6,8 @@
 import collections
 import importlib
 import logging
+import os
+import tempfile
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
 
@@ -14,6 +16,7 @@ import tensorflow.compat.v1 as tf
 from tensorflow.python.eager import context
 
 from export import folding
+from export import quantization
 from export import runtimes
 import xception_preprocessing
 
@@ -21,12 +24,15 @@ ONNX_OPSET, MIN_ONNX_OPSET = 18, 13
 ENCODED_SIGNATURE = 'encoded'  # takes encoded images; serving_default takes pixels
 
 # Largest allowed difference between a format's probabilities and the checkpoint's.
-FLOAT32_BOUND, FLOAT16_BOUND, BFLOAT16_BOUND, INT8_BOUND = 1e-4, 1e-2, 2e-2, 5e-2
+FLOAT32_BOUND, FLOAT16_BOUND, BFLOAT16_BOUND, DYNAMIC_RANGE_BOUND = 1e-4, 1e-2, 2e-2, 5e-2
 
 Format = collections.namedtuple('Format', [
     'suffix',  # replaces the .pb of --output_file
-    'bound',  # largest allowed difference of a probability from the checkpoint's
+    # Largest allowed difference of a probability from the checkpoint's; None compares the
+    # accuracies instead.
+    'bound',
     'has_bfloat16',  # whether the format can hold bfloat16 operations
+    'is_calibrated',  # whether activations are quantised, by means of training images
     # Function of a tf.GraphDef with nodes `input` and `output`, a path and Settings.
     'write',
 ])
@@ -36,7 +42,8 @@ Settings = collections.namedtuple('Settings', [
     'batch_size',  # of every format; None is any
     'opset',  # of ONNX
     'nchw',  # whether the input of ONNX is [n, 3, image_size, image_size]
-], defaults=[None, ONNX_OPSET, False])
+    'calibration_images',  # float32 [n, image_size, image_size, 3] in [-1, 1], for 8-bit formats
+], defaults=[None, ONNX_OPSET, False, None])
 
 
 class FormatError(Exception):
@@ -108,12 +115,14 @@ def require_packages(formats, verify, opset=ONNX_OPSET):
   Raises:
     FormatError: a package is missing, or cannot write this opset.
   """
-  packages = ['tf2onnx'] + ['onnxruntime'] * verify if 'onnx' in formats else []
+  onnx_formats = [name for name in formats if name.startswith('onnx')]
+  needs_runtime = verify or 'onnx_int8' in formats
+  packages = ['tf2onnx'] + ['onnxruntime'] * needs_runtime if onnx_formats else []
   for package in packages:
     try:
       importlib.import_module(package)
     except ImportError as error:
-      raise FormatError(f'--formats onnx needs {package}: pip install '
+      raise FormatError(f'--formats {",".join(onnx_formats)} needs {package}: pip install '
                         f'{" ".join(packages)} ({error})') from error
   if packages:
     newest = importlib.import_module('tf2onnx.constants').OPSET_TO_IR_VERSION
@@ -211,16 +220,17 @@ def _import(graph_def, images):
   return output
 
 
-def _tflite_writer(optimizations=(), supported_types=()):
+def _tflite_writer(optimizations=(), supported_types=(), is_calibrated=False):
   """Returns a function that writes TFLite with these settings of the converter."""
   def write(graph_def, path, settings):
-    del settings
     with tf.Graph().as_default(), tf.Session() as session:
       images, output = tf.import_graph_def(graph_def, return_elements=[
           f'{runtimes.INPUT_NODE}:0', f'{runtimes.OUTPUT_NODE}:0'], name='')
       converter = tf.lite.TFLiteConverter.from_session(session, [images], [output])
       converter.optimizations = list(optimizations)
       converter.target_spec.supported_types = list(supported_types)
+      if is_calibrated:
+        quantization.configure_tflite(converter, settings.calibration_images, settings.batch_size)
       content = converter.convert()
     with open(path, 'wb') as f:
       f.write(content)
@@ -248,15 +258,28 @@ def _write_onnx(graph_def, path, settings):
     f.write(model.SerializeToString())
 
 
+def _write_onnx_int8(graph_def, path, settings):
+  images = settings.calibration_images
+  with tempfile.TemporaryDirectory() as folder:
+    float_path = os.path.join(folder, 'model.onnx')
+    _write_onnx(graph_def, float_path, settings)
+    quantization.quantize_onnx(
+        float_path, path, images.transpose(0, 3, 1, 2) if settings.nchw else images,
+        settings.batch_size)
+
+
 FORMATS = {
-    'pb': Format('.pb', FLOAT32_BOUND, True, _write_pb),
-    'saved_model': Format('_saved_model', FLOAT32_BOUND, True, _write_saved_model),
-    'tflite': Format('.tflite', FLOAT32_BOUND, False, _tflite_writer()),
-    'tflite_float16': Format('_float16.tflite', FLOAT16_BOUND, False, _tflite_writer(
+    'pb': Format('.pb', FLOAT32_BOUND, True, False, _write_pb),
+    'saved_model': Format('_saved_model', FLOAT32_BOUND, True, False, _write_saved_model),
+    'tflite': Format('.tflite', FLOAT32_BOUND, False, False, _tflite_writer()),
+    'tflite_float16': Format('_float16.tflite', FLOAT16_BOUND, False, False, _tflite_writer(
         [tf.lite.Optimize.DEFAULT], [tf.float16])),
     # Dynamic range: 8-bit weights, float activations in the file.
-    'tflite_int8': Format('_int8.tflite', INT8_BOUND, False, _tflite_writer(
+    'tflite_int8': Format('_int8.tflite', DYNAMIC_RANGE_BOUND, False, False, _tflite_writer(
         [tf.lite.Optimize.DEFAULT])),
-    'onnx': Format('.onnx', FLOAT32_BOUND, False, _write_onnx),
-    'jpeg_pb': Format('_jpeg.pb', FLOAT32_BOUND, True, _write_jpeg_pb),
+    'tflite_full_int8': Format('_full_int8.tflite', None, False, True, _tflite_writer(
+        is_calibrated=True)),
+    'onnx': Format('.onnx', FLOAT32_BOUND, False, False, _write_onnx),
+    'onnx_int8': Format('_int8.onnx', None, False, True, _write_onnx_int8),
+    'jpeg_pb': Format('_jpeg.pb', FLOAT32_BOUND, True, False, _write_jpeg_pb),
 }

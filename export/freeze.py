@@ -20,6 +20,7 @@ from export import comparison
 from export import folding
 from export import formats
 from export import models
+from export import quantization
 from export import runtimes
 from records import flowers
 import xception
@@ -131,7 +132,8 @@ def write_drafts(graph_def, class_names, paths, folder, settings=formats.Setting
 
 def _describe_origin(checkpoint, config, is_averaged, fold, precision, format_names):
   """Returns what model.json says about the making of a file."""
-  packages = ['tensorflow', 'tf-slim', 'numpy'] + ['tf2onnx'] * ('onnx' in format_names)
+  packages = ['tensorflow', 'tf-slim', 'numpy'] + ['tf2onnx'] * any(
+      name.startswith('onnx') for name in format_names)
   return dict(zip(ORIGIN_KEYS, [
       config.image_size, config.depth_multiplier, checkpoint, checkpoints.global_step(checkpoint),
       is_averaged, fold, precision,
@@ -147,7 +149,8 @@ def _describe_files(paths, comparisons, origin):
       described.append({
           'file': os.path.relpath(file, os.path.dirname(path)), 'format': name,
           'bytes': os.path.getsize(file), 'sha256': files.sha256(file),
-          **(comparisons[name]._asdict() if name in comparisons else {}), **origin})
+          **(comparisons[name]._asdict() if name in comparisons else {}), **origin,
+          **(quantization.describe(path) if formats.FORMATS[name].is_calibrated else {})})
   return described
 
 
@@ -219,7 +222,8 @@ def _replace(source, target):
 
 
 def write_models(checkpoint, config, paths, images=None, use_averages='auto', fold=True,
-                 precision='float32', settings=formats.Settings()):
+                 precision='float32', settings=formats.Settings(),
+                 max_accuracy_loss=comparison.MAX_ACCURACY_LOSS):
   """Freezes a checkpoint and writes it in several formats, with labels.txt and model.json.
 
   No file gets its final name before all have been compared with the checkpoint.
@@ -233,6 +237,7 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
     fold: whether to fold batch norms into the convolutions.
     precision: one of models.PRECISIONS.
     settings: formats.Settings.
+    max_accuracy_loss: see `comparison.verify`.
 
   Returns:
     Whether the weights are Polyak averages.
@@ -251,7 +256,8 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
     graph_def = formats.fix_batch_size(graph_def, settings.batch_size)
   with tempfile.TemporaryDirectory(prefix='write_pb.', suffix='.tmp', dir=folder) as temporary:
     drafts = write_drafts(graph_def, config.class_names, paths, temporary, settings)
-    comparisons = comparison.verify(drafts, images, predict, precision) if images else {}
+    comparisons = comparison.verify(
+        drafts, images, predict, precision, max_accuracy_loss) if images else {}
     origin = _describe_origin(checkpoint, config, is_averaged, fold, precision, paths)
     description = {
         'input_range': [-1, 1],

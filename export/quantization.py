@@ -1,0 +1,170 @@
+"""Quantises models to 8 bits, calibrated on training images.
+
+  images = quantization.read_calibration_images('dataset', 'flowers', class_names, 299, 200)
+  quantization.quantize_onnx('frozen_model_xception.onnx', 'quantized.onnx', images)
+
+Weights become signed 8-bit integers with a scale for each output channel, and
+activations unsigned ones with a scale and a zero point for each tensor, taken
+from the range that the calibration images give it.
+"""
+
+import importlib
+
+import slim_bridge  # noqa: F401, before TensorFlow: see there
+
+from google.protobuf import message
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+from export import models
+from export import runtimes
+from records import flowers
+from records import tfrecords
+
+CALIBRATION_IMAGES = 200
+BATCH_SIZE = 8  # of ONNX Runtime, if the model takes any
+
+
+def read_calibration_images(dataset_dir, dataset_name, class_names, image_size, num_images):
+  """Reads training images, preprocessed as in evaluation and equally many of each class.
+
+  Args:
+    dataset_dir: folder of the dataset.
+    dataset_name: first part of its files' names.
+    class_names: the model's.
+    image_size: size of the network's input in pixels.
+    num_images: how many to read.
+
+  Returns:
+    float32 [num_images, image_size, image_size, 3] in [-1, 1], the same at every call.
+
+  Raises:
+    flowers.DatasetError: there is no training split, it has other classes or too few
+      images of one, or an image is damaged.
+  """
+  try:
+    dataset = flowers.get_split('train', dataset_dir, flowers.name_pattern(dataset_name))
+  except flowers.DatasetError as error:
+    raise flowers.DatasetError(f'8-bit formats are calibrated on training images: {error}'
+                               ) from error
+  if list(dataset.labels_to_names.values()) != class_names:
+    raise flowers.DatasetError('8-bit formats are calibrated on training images, but those of '
+                               f'{dataset_dir} have other classes than the checkpoint')
+  preprocess = models.Preprocessor(image_size)
+  images = []
+  for number in _choose_records(dataset, num_images):
+    try:
+      example = tf.train.Example.FromString(dataset.records[number])
+      images.append(preprocess(example.features.feature['image/encoded'].bytes_list.value[0]))
+    except (tf.errors.OpError, IndexError) as error:
+      raise flowers.DatasetError(flowers.describe_bad_record(dataset, number)) from error
+  return np.stack(images)
+
+
+def _choose_records(dataset, num_images):
+  """Returns the numbers of random records, equally many of each class."""
+  num_classes = dataset.num_classes
+  wanted = [num_images // num_classes + (label < num_images % num_classes)
+            for label in range(num_classes)]
+  missing, chosen = list(wanted), []
+  for number in np.random.default_rng(0).permutation(dataset.num_samples):
+    try:
+      example = tf.train.Example.FromString(dataset.records[number])
+      label = example.features.feature['image/class/label'].int64_list.value[0]
+      is_missing = missing[range(num_classes).index(label)] > 0
+    except (tfrecords.RecordError, message.DecodeError, IndexError, ValueError) as error:
+      raise flowers.DatasetError(flowers.describe_bad_record(dataset, number)) from error
+    if is_missing:
+      missing[label] -= 1
+      chosen.append(number)
+    if len(chosen) == num_images:
+      return chosen
+  label = int(np.argmax(missing))
+  raise flowers.DatasetError(
+      f'--calibration_images {num_images} takes {wanted[label]} training images of each class, '
+      f'but there are only {wanted[label] - missing[label]} of {dataset.labels_to_names[label]}')
+
+
+def _batches(images, batch_size):
+  """Yields all images in batches of one size; the last batch is filled up from the start."""
+  for first in range(0, len(images), batch_size):
+    yield images.take(range(first, first + batch_size), axis=0, mode='wrap')
+
+
+def configure_tflite(converter, images, batch_size):
+  """Makes a TFLite converter quantise weights and activations, input and output included.
+
+  Args:
+    converter: tf.lite.TFLiteConverter.
+    images: from `read_calibration_images`.
+    batch_size: the model's; None is any.
+  """
+  converter.optimizations = [tf.lite.Optimize.DEFAULT]
+  converter.representative_dataset = lambda: (
+      [batch] for batch in _batches(images, batch_size or 1))
+  converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+  converter.inference_input_type = converter.inference_output_type = tf.uint8
+
+
+def quantize_onnx(float_path, path, images, batch_size=None):
+  """Quantises an ONNX model; its input and output stay float32.
+
+  Args:
+    float_path: path of the model.
+    path: where to write the quantised model.
+    images: from `read_calibration_images`, in the layout of the model's input.
+    batch_size: the model's; None is any.
+  """
+  ort = importlib.import_module('onnxruntime.quantization')
+  batches = _batches(images, batch_size or BATCH_SIZE)
+
+  class Reader(ort.CalibrationDataReader):
+
+    def get_next(self):
+      return next(({runtimes.INPUT_NODE: batch} for batch in batches), None)
+
+  ort.quantize_static(
+      float_path, path, Reader(), quant_format=ort.QuantFormat.QDQ, per_channel=True,
+      activation_type=ort.QuantType.QUInt8, weight_type=ort.QuantType.QInt8)
+
+
+def describe(path):
+  """Returns how the input and the output of a quantised model are, for model.json.
+
+  Args:
+    path: .tflite or .onnx file.
+
+  Returns:
+    {'quantization': {'input': {'dtype', 'scale', 'zero_point'}, 'output': the same}}: a
+    value q stands for (q - zero_point) * scale. An ONNX file, whose own input and
+    output are float32, converts them inside.
+  """
+  if path.endswith('.onnx'):
+    ports = _onnx_ports(path)
+  else:
+    network = runtimes.open_network(path)
+    ports = {name: (port.dtype, port.scale, port.zero_point)
+             for name, port in [('input', network.input), ('output', network.output)]}
+  return {'quantization': {
+      name: {'dtype': str(dtype), 'scale': float(scale), 'zero_point': int(zero_point)}
+      for name, (dtype, scale, zero_point) in ports.items()}}
+
+
+def _onnx_ports(path):
+  onnx = importlib.import_module('onnx')
+  graph = onnx.load(path).graph
+  constants = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
+  images = {runtimes.INPUT_NODE}  # and the same with channels first
+  images.update(node.output[0] for node in graph.node
+                if node.op_type == 'Transpose' and node.input[0] == runtimes.INPUT_NODE)
+  ports = {}
+  for node in graph.node:
+    if node.op_type == 'QuantizeLinear' and node.input[0] in images:
+      name = 'input'
+    elif node.op_type == 'DequantizeLinear' and node.output[0] == runtimes.OUTPUT_NODE:
+      name = 'output'
+    else:
+      continue
+    scale, zero_point = (constants[tensor] for tensor in node.input[1:])
+    ports[name] = zero_point.dtype, scale, zero_point
+  return ports
