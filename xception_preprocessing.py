@@ -119,7 +119,7 @@ def preprocess_for_eval(image, height, width, central_fraction=CENTRAL_FRACTION)
 def decode(encoded):
   """Decodes the bytes of a JPEG, PNG, BMP, WebP or GIF file into uint8 [height, width, 3].
 
-  Of an animation it decodes the first frame; an alpha channel is dropped.
+  Of an animated GIF it decodes the first frame; an alpha channel is dropped.
   """
   return tf.cond(
       tf.image.is_jpeg(encoded),
