@@ -169,7 +169,7 @@ def _build_update(optimizer, gradients, global_step, next_image, moving_average_
   """Returns the op that updates weights, averages, step and position in the data."""
   # The position comes last, because the learning rate of this step depends on it.
   with tf.control_dependencies([optimizer.apply_gradients(gradients, global_step)]):
-    train_op = get_or_create_next_image().assign(next_image)
+    train_op = get_or_create_next_image().assign(next_image).op
   if moving_average_decay:
     averages = tf.train.ExponentialMovingAverage(moving_average_decay, global_step)
     with tf.control_dependencies([train_op]):
