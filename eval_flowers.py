@@ -52,9 +52,7 @@ def new_checkpoints(log_dir, timeout):
   seen = set()
   deadline = time.monotonic() + timeout
   while time.monotonic() < deadline:
-    state = tf.train.get_checkpoint_state(log_dir)
-    unseen = [path for path in (state.all_model_checkpoint_paths if state else [])
-              if path not in seen]
+    unseen = [path for path in checkpoints.list_checkpoints(log_dir) if path not in seen]
     if unseen:
       seen.add(unseen[0])
       yield unseen[0]
@@ -122,10 +120,7 @@ def parse_args(argv=None):
       description=__doc__.split('\n')[0],
       formatter_class=arguments.HelpFormatter)
   group = parser.add_argument_group('data')
-  group.add_argument('--dataset_dir', default='dataset',
-                     help='folder of the TFRecords and labels.txt')
-  group.add_argument('--dataset_name', default=flowers.DATASET_NAME,
-                     help='prefix of the file names')
+  arguments.add_dataset_options(group)
   group.add_argument('--dataset_split_name', default='validation', choices=flowers.SPLITS,
                      help='split to evaluate')
   group.add_argument('--log_eval', '--eval_dir',
@@ -174,14 +169,14 @@ def main(args):
   checkpoint = (None if args.watch or args.graph else
                 checkpoints.find(args.log_dir, args.checkpoint_path))
   devices = None if args.graph else towers.tower_devices(args.num_clones, args.eval_on_cpu)
-  dataset = flowers.get_split(args.dataset_split_name, args.dataset_dir,
-                              flowers.name_pattern(args.dataset_name))
+  dataset_options = arguments.dataset_options(args)
+  dataset = flowers.get_split(args.dataset_split_name, **dataset_options)
   flowers.require_readable(dataset)
   log_eval = args.log_eval or (f'{args.graph.rstrip("/")}.eval' if args.graph else
                                os.path.join(args.log_dir, 'eval'))
   split = report.SplitEvaluation(
       dataset, log_eval, args.batch_size,
-      {'dataset_dir': args.dataset_dir, 'dataset_split_name': args.dataset_split_name})
+      {'dataset_split_name': args.dataset_split_name, **dataset_options})
   images = f'{dataset.num_samples} images of the {args.dataset_split_name} split'
   if args.watch:
     watch(split.of_checkpoints(devices, args.use_averages, args.image_size), args.log_dir,
@@ -208,7 +203,7 @@ def main(args):
 if __name__ == '__main__':
   tf.disable_v2_behavior()
   tf.enable_resource_variables()
-  sys.stdout.reconfigure(errors='backslashreplace')  # class names on a terminal without UTF-8
+  arguments.escape_unprintable_output()
   try:
     main(parse_args())
   except (flowers.DatasetError, checkpoints.CheckpointError, towers.DeviceError,

@@ -134,7 +134,7 @@ def main(args):
 if __name__ == '__main__':
   tf.disable_v2_behavior()
   tf.enable_resource_variables()
-  sys.stdout.reconfigure(errors='backslashreplace')  # class names on a terminal without UTF-8
+  arguments.escape_unprintable_output()
   try:
     main(parse_args())
   except (checkpoints.CheckpointError, flowers.DatasetError, models.ModelError,

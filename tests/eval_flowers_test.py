@@ -24,6 +24,7 @@ from evaluation import metrics
 from evaluation import report
 from export import models
 import pipeline_test
+from records import flowers
 import scripts
 from scripts import DATASET_DIR
 import small_model
@@ -124,6 +125,24 @@ class OnceTest(EvalTestCase):
         f'95 % confidence interval of the accuracy: {low:.4f} to {high:.4f}',
         f'Accuracy: {found["accuracy"]:.4f} ({found["num_correct"]} of 100)'])
     self.assertContainsSubset(FILES, os.listdir(os.path.join(self.log_dir, 'eval')))
+
+  def test_records_of_other_tools(self):
+    self.without_pictures()
+    small_model.write_checkpoint(self.log_dir)
+    shutil.copy(os.path.join(DATASET_DIR, 'labels.txt'), self.dir)
+    original = flowers.get_split('validation', DATASET_DIR)
+    path = os.path.join(self.dir, 'test-00000-of-00001')
+    with tf.python_io.TFRecordWriter(path) as writer:
+      for number in range(10):
+        example = tf.train.Example.FromString(original.records[number])
+        example.features.feature['image/class/label'].int64_list.value[0] += 1
+        writer.write(example.SerializeToString())
+    evaluate('--log_dir', self.log_dir, '--dataset_dir', self.dir, '--file_pattern', '%s-*',
+             '--labels_offset', '1', '--dataset_split_name', 'test')
+    found = self.read_metrics()
+    self.assertEqual((found['accuracy'], found['num_images']), (1.0, 10))
+    self.assertEqual((found['dataset_split_name'], found['labels_offset'], found['dataset_dir']),
+                     ('test', 1, self.dir))
 
   def test_checkpoint_of_version_1(self):
     self.without_pictures()
@@ -365,6 +384,14 @@ class WatchTest(EvalTestCase):
     self.assertEqual(output[3:], ['Evaluated 2 checkpoints; no new one for 1 seconds'])
     self.assertEqual(self.read_metrics()['global_step'], 2)
 
+  def test_moved_folder(self):
+    self.save_all(1, 2)
+    moved = os.path.join(self.dir, 'moved')
+    os.rename(self.log_dir, moved)
+    self.log_dir = moved
+    self.assertEqual(self.watch().splitlines()[3:],
+                     ['Evaluated 2 checkpoints; no new one for 1 seconds'])
+
   def test_nothing_comes(self):
     with self.assertRaisesRegex(checkpoints.CheckpointError, 'No checkpoint in .*log after 1'):
       self.watch()
@@ -382,10 +409,9 @@ class WatchTest(EvalTestCase):
 
     with mock.patch.object(evaluator.Evaluator, '_restore', delete_and_restore):
       output = self.watch().splitlines()
-    self.assertEqual(output[1], f'{before} was deleted before it was evaluated')
-    self.assertEqual(output[2], f'{during} was deleted before it was evaluated')
-    self.assertStartsWith(output[3], 'Step 3: ')
-    self.assertEqual(output[4], 'Evaluated 1 checkpoints; no new one for 1 seconds')
+    self.assertEqual(output[1], f'{during} was deleted before it was evaluated')
+    self.assertStartsWith(output[2], 'Step 3: ')
+    self.assertEqual(output[3], 'Evaluated 1 checkpoints; no new one for 1 seconds')
 
   def test_damaged_checkpoint(self):
     path, = self.save_all(1)
