@@ -19,6 +19,7 @@ import slim_bridge  # noqa: F401, before TensorFlow: see there
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
+from common import arguments
 from common import checkpoints
 from deployment import cluster
 from deployment import precision
@@ -199,6 +200,7 @@ def train(plan, args, recipe, session_config, workers):
 if __name__ == '__main__':
   tf.disable_v2_behavior()
   tf.enable_resource_variables()
+  arguments.escape_unprintable_output()
   try:
     main(options.parse_train_args(__doc__.split('\n')[0]))
   except (flowers.DatasetError, towers.DeviceError, checkpoints.CheckpointError,

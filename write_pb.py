@@ -82,16 +82,12 @@ def parse_args(argv=None):
   group.add_argument('--calibration_images', type=arguments.positive_int,
                      default=quantization.CALIBRATION_IMAGES,
                      help='training images that give the range of every activation')
-  group.add_argument('--max_accuracy_loss', type=float, default=comparison.MAX_ACCURACY_LOSS,
-                     help='largest share of the validation images that may be lost to them')
+  group.add_argument('--max_accuracy_loss', type=arguments.fraction, default=comparison.MAX_ACCURACY_LOSS,
+                     help='largest part of the validation accuracy that they may lose, 0.01 is one point')
   group = parser.add_argument_group('comparison with the checkpoint')
   group.add_argument('--noverify', action='store_false', dest='verify',
                      help='writes the files without comparing them')
-  group.add_argument('--dataset_dir',
-                     help='dataset with the images to compare on (default: '
-                     f'{comparison.DATASET_DIR}, or random images if it does not exist)')
-  group.add_argument('--dataset_name', default=flowers.DATASET_NAME,
-                     help='prefix of the dataset\'s file names')
+  arguments.add_dataset_options(group, dataset_dir=None)
   args = parser.parse_args(argv)
   if args.precision == 'bfloat16':
     wrong = [name for name in args.formats if not formats.FORMATS[name].has_bfloat16]
@@ -109,15 +105,15 @@ def main(args):
   paths = freeze.plan_files(args.formats, args.output_file)
   folder = os.path.dirname(args.output_file) or '.'
   freeze.check_labels(config.class_names, os.path.join(folder, flowers.LABELS_FILE))
-  images = comparison.find_images(
-      args.dataset_dir, args.dataset_name, config.image_size) if args.verify else None
+  dataset_options = arguments.dataset_options(args)
+  images = comparison.find_images(config.image_size, **dataset_options) if args.verify else None
   calibration_images = None
   if any(formats.FORMATS[name].is_calibrated for name in args.formats):
     if args.verify:
       comparison.require_labels(images, config.class_names)
     calibration_images = quantization.read_calibration_images(
-        args.dataset_dir or comparison.DATASET_DIR, args.dataset_name, config.class_names,
-        config.image_size, args.calibration_images)
+        config.class_names, config.image_size, args.calibration_images,
+        **{'dataset_dir': comparison.DATASET_DIR, **dataset_options})
   settings = formats.Settings(args.batch_size, args.opset, args.nchw, calibration_images)
   is_averaged = freeze.write_models(
       checkpoint, config, paths, images, args.use_averages, not args.nofold, args.precision,

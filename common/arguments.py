@@ -55,10 +55,11 @@ def add_dataset_options(group, dataset_dir='dataset'):
 
   Args:
     group: argparse parser or group.
-    dataset_dir: default of --dataset_dir.
+    dataset_dir: default of --dataset_dir; None is `dataset`, if it is there.
   """
   group.add_argument('--dataset_dir', default=dataset_dir,
-                     help='folder of the TFRecords and labels.txt')
+                     help='folder of the TFRecords and labels.txt'
+                     + ' (default: dataset, if it is there)' * (dataset_dir is None))
   group.add_argument('--dataset_name', help='prefix of the file names (default: flowers)')
   group.add_argument('--file_pattern', type=_file_pattern,
                      help='pattern of the file names instead of --dataset_name, with %%s in place '

@@ -1,11 +1,12 @@
 """Compares written models of any format with the checkpoint that they came from.
 
-  images = comparison.find_images(None, 'flowers', image_size)
+  images = comparison.find_images(image_size)
   comparisons = comparison.verify(paths, images, predict, 'float32')
 """
 
 import collections
 import io
+import os
 import statistics
 import time
 
@@ -54,14 +55,14 @@ class ComparisonError(Exception):
   """A model's probabilities are too far from the checkpoint's."""
 
 
-def find_images(dataset_dir, dataset_name, image_size):
+def find_images(image_size, dataset_dir=None, **dataset_options):
   """Returns the Images to compare on.
 
   Args:
+    image_size: size of the network's input in pixels.
     dataset_dir: folder of a dataset, whose validation images are used; None is
       DATASET_DIR, or random images if that holds no dataset.
-    dataset_name: first part of its files' names.
-    image_size: size of the network's input in pixels.
+    **dataset_options: other arguments of `flowers.get_split`.
 
   Raises:
     flowers.DatasetError: dataset_dir holds no dataset.
@@ -69,13 +70,14 @@ def find_images(dataset_dir, dataset_name, image_size):
   folder = dataset_dir or DATASET_DIR
   labels, class_names = None, None
   try:
-    encoded, labels, class_names = _read_validation_images(folder, dataset_name)
+    encoded, labels, class_names = _read_validation_images(folder, **dataset_options)
     description = f'{len(encoded)} validation images of {folder}'
-  except flowers.DatasetError:
+  except flowers.DatasetError as error:
     if dataset_dir:
       raise
     encoded = _draw_random_images(image_size)
-    description = f'{len(encoded)} random images, because there is no dataset in {folder}'
+    reason = error if os.path.isdir(folder) else f'there is no dataset in {folder}'
+    description = f'{len(encoded)} random images, because {reason}'
   preprocess = models.Preprocessor(image_size)
   return Images(encoded, np.stack([preprocess(content) for content in encoded]), labels,
                 class_names, description)
@@ -98,8 +100,8 @@ def require_labels(images, class_names):
         '--noverify to write them unmeasured')
 
 
-def _read_validation_images(dataset_dir, dataset_name):
-  dataset = flowers.get_split('validation', dataset_dir, flowers.name_pattern(dataset_name))
+def _read_validation_images(dataset_dir, **dataset_options):
+  dataset = flowers.get_split('validation', dataset_dir, **dataset_options)
   read = flowers.RecordReader(dataset)
   num_images = min(MAX_IMAGES, dataset.num_samples)
   encoded, labels = [], []
@@ -109,7 +111,7 @@ def _read_validation_images(dataset_dir, dataset_name):
     except tfrecords.RecordError:
       continue  # Evaluation skips it too.
     example = tf.train.Example.FromString(dataset.records[number])
-    encoded.append(example.features.feature['image/encoded'].bytes_list.value[0])
+    encoded.append(example.features.feature[dataset.image_key].bytes_list.value[0])
     labels.append(label)
   if not encoded:
     raise flowers.DatasetError(f'No validation image of {dataset_dir} is usable: '

@@ -1,6 +1,6 @@
 """Quantises models to 8 bits, calibrated on training images.
 
-  images = quantization.read_calibration_images('dataset', 'flowers', class_names, 299, 200)
+  images = quantization.read_calibration_images(class_names, 299, 200, 'dataset')
   quantization.quantize_onnx('frozen_model_xception.onnx', 'quantized.onnx', images)
 
 Weights become signed 8-bit integers with a scale for each output channel, and
@@ -12,28 +12,26 @@ import importlib
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
 
-from google.protobuf import message
 import numpy as np
 import tensorflow.compat.v1 as tf
 
 from export import models
 from export import runtimes
 from records import flowers
-from records import tfrecords
 
 CALIBRATION_IMAGES = 200
 BATCH_SIZE = 8  # of ONNX Runtime, if the model takes any
 
 
-def read_calibration_images(dataset_dir, dataset_name, class_names, image_size, num_images):
+def read_calibration_images(class_names, image_size, num_images, dataset_dir, **dataset_options):
   """Reads training images, preprocessed as in evaluation and equally many of each class.
 
   Args:
-    dataset_dir: folder of the dataset.
-    dataset_name: first part of its files' names.
     class_names: the model's.
     image_size: size of the network's input in pixels.
     num_images: how many to read.
+    dataset_dir: folder of the dataset.
+    **dataset_options: other arguments of `flowers.get_split`.
 
   Returns:
     float32 [num_images, image_size, image_size, 3] in [-1, 1], the same at every call.
@@ -43,7 +41,7 @@ def read_calibration_images(dataset_dir, dataset_name, class_names, image_size, 
       images of one, or an image is damaged.
   """
   try:
-    dataset = flowers.get_split('train', dataset_dir, flowers.name_pattern(dataset_name))
+    dataset = flowers.get_split('train', dataset_dir, **dataset_options)
   except flowers.DatasetError as error:
     raise flowers.DatasetError(f'8-bit formats are calibrated on training images: {error}'
                                ) from error
@@ -55,7 +53,7 @@ def read_calibration_images(dataset_dir, dataset_name, class_names, image_size, 
   for number in _choose_records(dataset, num_images):
     try:
       example = tf.train.Example.FromString(dataset.records[number])
-      images.append(preprocess(example.features.feature['image/encoded'].bytes_list.value[0]))
+      images.append(preprocess(example.features.feature[dataset.image_key].bytes_list.value[0]))
     except (tf.errors.OpError, IndexError) as error:
       raise flowers.DatasetError(flowers.describe_bad_record(dataset, number)) from error
   return np.stack(images)
@@ -68,13 +66,10 @@ def _choose_records(dataset, num_images):
             for label in range(num_classes)]
   missing, chosen = list(wanted), []
   for number in np.random.default_rng(0).permutation(dataset.num_samples):
-    try:
-      example = tf.train.Example.FromString(dataset.records[number])
-      label = example.features.feature['image/class/label'].int64_list.value[0]
-      is_missing = missing[range(num_classes).index(label)] > 0
-    except (tfrecords.RecordError, message.DecodeError, IndexError, ValueError) as error:
-      raise flowers.DatasetError(flowers.describe_bad_record(dataset, number)) from error
-    if is_missing:
+    label = flowers.read_label(dataset, number)
+    if label not in range(num_classes):
+      raise flowers.DatasetError(flowers.describe_bad_record(dataset, number))
+    if missing[label]:
       missing[label] -= 1
       chosen.append(number)
     if len(chosen) == num_images:

@@ -99,7 +99,7 @@ class WritePbTest(tf.test.TestCase):
 
   def test_both_signatures_of_the_saved_model(self):
     self.write('--noverify', '--formats', 'pb,saved_model')
-    images = comparison.find_images(DATASET_DIR, 'flowers', 71)
+    images = comparison.find_images(71, DATASET_DIR)
     expected = models.load(self.pb).predict(images.preprocessed)
     with tf.Graph().as_default(), tf.Session() as session:
       signatures = tf.saved_model.load(

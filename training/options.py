@@ -8,7 +8,6 @@ import tensorflow.compat.v1 as tf
 from common import arguments
 from deployment import cluster
 from deployment import precision
-from records import flowers
 from training import optimization
 import xception
 
@@ -47,10 +46,7 @@ def recipe(args):
 
 
 def _add_data_options(group):
-  group.add_argument('--dataset_dir', default='dataset',
-                     help='folder of the TFRecords and labels.txt')
-  group.add_argument('--dataset_name', default=flowers.DATASET_NAME,
-                     help='prefix of the file names')
+  arguments.add_dataset_options(group)
   group.add_argument('--max_bad_fraction', type=arguments.fraction, default=0.01,
                      help='fraction of the records that may be bad before training stops')
   group.add_argument('--batch_size', type=arguments.positive_int, default=16,

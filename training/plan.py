@@ -7,6 +7,7 @@ import sys
 
 import tensorflow.compat.v1 as tf
 
+from common import arguments
 from common import checkpoints
 from deployment import cluster
 from deployment import precision
@@ -19,7 +20,8 @@ from training import optimization
 SHARED_OPTIONS = ('batch_size', 'accumulate_steps', 'image_size', 'depth_multiplier',
                   'num_epochs', 'max_number_of_steps', 'class_weights', 'trainable_scopes',
                   'precision', 'eval_every_epochs', 'early_stop_patience',
-                  'all_reduce_precision', 'check_weights_steps')
+                  'all_reduce_precision', 'check_weights_steps', 'image_key', 'label_key',
+                  'labels_offset')
 
 Plan = collections.namedtuple('Plan', [
     'dataset',  # slim Dataset of the training split
@@ -50,9 +52,9 @@ def find_inputs(args, num_workers):
   Raises:
     flowers.DatasetError, towers.DeviceError, PlanError: training is not possible.
   """
-  pattern = flowers.name_pattern(args.dataset_name)
-  dataset = flowers.get_split('train', args.dataset_dir, pattern)
-  validation = (flowers.get_split('validation', args.dataset_dir, pattern)
+  dataset_options = arguments.dataset_options(args)
+  dataset = flowers.get_split('train', **dataset_options)
+  validation = (flowers.get_split('validation', **dataset_options)
                 if args.eval_every_epochs else None)
   devices = towers.tower_devices(args.num_clones, args.clone_on_cpu)
   precision.check(args.precision, args.xla, devices)

@@ -17,6 +17,7 @@ from cpu_kernels import operations
 from deployment import cluster
 from deployment import precision
 from deployment import towers
+from records import flowers
 from training import fine_tuning
 from training import hooks as training_hooks
 from training import optimization
@@ -237,6 +238,8 @@ def _explain(error, train_step, log_dir, reached, workers):
         f'The loss or a gradient is not finite at step {reached + 1}. The weights were '
         f'not updated with it; the last checkpoint{in_log_dir} is good. A smaller '
         '--learning_rate may help')
+  if flowers.NO_GOOD_RECORD in error.message:
+    return TrainingError(flowers.NO_GOOD_RECORD)
   # Files that are written from Python, like `checkpoint` and events, have no op.
   if error.op.type in SAVE_OPS if error.op else log_dir in error.message:
     return TrainingError(

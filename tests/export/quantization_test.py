@@ -54,7 +54,7 @@ class DatasetTestCase(tf.test.TestCase):
 class CalibrationImagesTest(DatasetTestCase):
 
   def read(self, folder, num_images):
-    return quantization.read_calibration_images(folder, 'flowers', CLASS_NAMES, 71, num_images)
+    return quantization.read_calibration_images(CLASS_NAMES, 71, num_images, folder)
 
   def test_equally_many_of_each_class(self):
     images = self.read(DATASET_DIR, 12)
@@ -107,7 +107,7 @@ class ComparisonTest(tf.test.TestCase):
       self.assertIn(message or '', fault or '')
 
   def test_too_few_images(self):
-    images = comparison.find_images(DATASET_DIR, 'flowers', 71)
+    images = comparison.find_images(71, DATASET_DIR)
     comparison.require_labels(images, CLASS_NAMES)
     for few in (images._replace(encoded=images.encoded[1:]),
                 images._replace(class_names=None)):
