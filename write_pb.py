@@ -82,8 +82,9 @@ def parse_args(argv=None):
   group.add_argument('--calibration_images', type=arguments.positive_int,
                      default=quantization.CALIBRATION_IMAGES,
                      help='training images that give the range of every activation')
-  group.add_argument('--max_accuracy_loss', type=arguments.fraction, default=comparison.MAX_ACCURACY_LOSS,
-                     help='largest part of the validation accuracy that they may lose, 0.01 is one point')
+  group.add_argument('--max_accuracy_loss', type=arguments.fraction,
+                     default=comparison.MAX_ACCURACY_LOSS,
+                     help='validation accuracy that they may lose; 0.01 is one point')
   group = parser.add_argument_group('comparison with the checkpoint')
   group.add_argument('--noverify', action='store_false', dest='verify',
                      help='writes the files without comparing them')
