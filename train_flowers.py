@@ -70,7 +70,7 @@ def build_graph(plan, args, recipe, workers):
     return training_step.build_train_step(
         *batch, loss_fn, optimizer, learning_rate, plan.devices, global_step,
         args.accumulate_steps, recipe.clip_gradient_norm, recipe.moving_average_decay,
-        args.trainable_scopes, workers, args.all_reduce_precision)
+        args.trainable_scopes, workers, args.all_reduce_precision, args.variable_update)
 
 
 def restore_weights(plan, args, workers):

@@ -62,8 +62,7 @@ def time_batches(fetches, num_batches, batch_size, devices=('/cpu:0',)):
   # Fetching operations instead of tensors avoids copying the images.
   operations = [tensor.op for tensor in fetches]
   with tf.Session(config=towers.session_config(devices)) as session:
-    session.run(tf.global_variables_initializer())
-    session.run(tf.train.Scaffold.default_local_init_op())
+    towers.initialize(session)
     coordinator = tf.train.Coordinator()
     threads = (tf.train.start_queue_runners(session, coordinator)
                if tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS) else [])

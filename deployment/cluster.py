@@ -30,7 +30,7 @@ from tensorflow.python.ops import collective_ops
 
 from common import files
 
-GROUP_KEY = 1  # one group holds all workers
+GROUP_KEY, TOWERS_GROUP_KEY = 1, 2  # the groups of all workers and of their towers
 # Workers match collectives by these numbers.
 FIRST_GATHER_KEY, FIRST_TRAINING_KEY = 1, 1000
 GATHER_BYTES = 16384  # per worker, a multiple of 4
@@ -145,6 +145,32 @@ class SingleWorker:
       bucket_bytes: see `make_buckets`.
     """
     return tensors
+
+  def average_towers(self, tower_tensors, devices, precision='float32',
+                     bucket_bytes=BUCKET_BYTES):
+    """Returns the means over the towers of all workers: one list per tower, on its device.
+
+    Args:
+      tower_tensors: one list of float32 tensors of known shapes per tower.
+      devices: device of each tower.
+      precision, bucket_bytes: see `average`.
+    """
+    means = []
+    for tensors, device in zip(tower_tensors, devices):
+      previous = []
+
+      def all_reduce(flat, number, previous=previous):
+        # NCCL, which is for GPUs, needs the same order everywhere. CPUs use a ring.
+        with tf.control_dependencies(previous):
+          mean = collective_ops.all_reduce(
+              flat, self.size * len(devices), TOWERS_GROUP_KEY, number, 'Add', 'Div',
+              communication_hint='nccl')
+        previous[:] = [mean]
+        return mean
+
+      with tf.device(device):
+        means.append(_average_in_buckets(tensors, precision, bucket_bytes, all_reduce))
+    return means
 
   def average_variables(self, variables, updates):
     """Returns ops that run `updates`, then set the variables to their mean over the workers."""
@@ -268,18 +294,10 @@ class Workers(SingleWorker):
               'the same options, data and code')
 
   def average(self, tensors, precision='float32', bucket_bytes=BUCKET_BYTES):
-    averaged = [None] * len(tensors)
-    sizes = [tensor.shape.num_elements() * 4 for tensor in tensors]
-    for bucket in make_buckets(sizes, bucket_bytes):
-      parts = [tensors[i] for i in bucket]
-      with tf.device('/cpu:0'):
-        flat = tf.concat([tf.reshape(part, [-1]) for part in parts], 0)
-        mean = self._all_reduce(tf.cast(flat, PRECISIONS[precision]), self._new_key(), 'Div')
-        mean = tf.cast(mean, tf.float32)
-        split = tf.split(mean, [part.shape.num_elements() for part in parts])
-      for i, part, flat_part in zip(bucket, parts, split):
-        averaged[i] = tf.reshape(flat_part, part.shape)
-    return averaged
+    with tf.device('/cpu:0'):
+      return _average_in_buckets(
+          tensors, precision, bucket_bytes,
+          lambda flat, number: self._all_reduce(flat, self._new_key(), 'Div'))
 
   def average_variables(self, variables, updates):
     if not updates:  # frozen statistics are the same on every worker
@@ -417,10 +435,12 @@ class _SynchronizationHook(tf.train.SessionRunHook):
   def begin(self):
     variables = tf.global_variables()
     self._broadcast = self._workers.broadcast(variables)
+    self._initialize_mirrors = tf.local_variables_initializer()
     self._checksums = self._workers.checksums(variables)
 
   def after_create_session(self, session, coord):
     session.run(self._broadcast)
+    session.run(self._initialize_mirrors)  # with what the chief sent
     self._step = session.run(tf.train.get_global_step())
 
   def before_run(self, run_context):
@@ -488,6 +508,20 @@ class _Watchdog(threading.Thread):
               f'{self._workers.absent()}{RESTART_ADVICE}', file=sys.stderr, flush=True)
         os._exit(LOST_EXIT_CODE)
       time.sleep(WATCH_SECS)
+
+
+def _average_in_buckets(tensors, precision, bucket_bytes, all_reduce):
+  """Averages tensors; all_reduce is a function of a bucket's values and its number from 1 on."""
+  averaged = [None] * len(tensors)
+  sizes = [tensor.shape.num_elements() * 4 for tensor in tensors]
+  for number, bucket in enumerate(make_buckets(sizes, bucket_bytes), 1):
+    parts = [tensors[i] for i in bucket]
+    flat = tf.concat([tf.reshape(part, [-1]) for part in parts], 0)
+    mean = tf.cast(all_reduce(tf.cast(flat, PRECISIONS[precision]), number), tf.float32)
+    split = tf.split(mean, [part.shape.num_elements() for part in parts])
+    for i, part, flat_part in zip(bucket, parts, split):
+      averaged[i] = tf.reshape(flat_part, part.shape)
+  return averaged
 
 
 def make_buckets(sizes, bucket_bytes):

@@ -1,7 +1,7 @@
 """Data parallelism on one machine: towers replicated over devices, gradients averaged.
 
-All towers build the same network on shared variables, each for its part of the batch. They
-wait for each other in `average_gradients`.
+All towers build the same network, each for its part of the batch. They either share the
+variables of a parameter server, or each has a mirror of them that it updates itself.
 """
 
 import os
@@ -9,6 +9,8 @@ import os
 import tensorflow.compat.v1 as tf
 from tensorflow.python.ops import data_flow_ops
 import tf_slim as slim
+
+VARIABLE_UPDATES = ('parameter_server', 'mirrored')
 
 
 class DeviceError(Exception):
@@ -45,9 +47,21 @@ def on_gpus(devices):
   return devices[0].startswith('/gpu')
 
 
-def variables_device(devices):
-  """Returns the device of the variables: that of a single tower, the CPU for several."""
-  return devices[0] if len(devices) == 1 else '/cpu:0'
+def mirrors_variables(devices, variable_update=None):
+  """Returns whether every tower has its own copy of the variables.
+
+  Args:
+    devices: device of each tower.
+    variable_update: one of VARIABLE_UPDATES; None mirrors the variables on several GPUs.
+  """
+  if variable_update is None:
+    return on_gpus(devices) and len(devices) > 1
+  return variable_update == 'mirrored' and len(devices) > 1
+
+
+def variables_device(devices, mirrored=False):
+  """Returns the device of the variables that are saved: the CPU if several towers share them."""
+  return devices[0] if mirrored or len(devices) == 1 else '/cpu:0'
 
 
 def session_config(devices):
@@ -66,6 +80,13 @@ def session_config(devices):
   else:
     config.device_count['GPU'] = 0
   return config
+
+
+def initialize(session):
+  """Initializes the default graph's variables and their copies, and fetches the first batch."""
+  init_ops = tf.global_variables_initializer(), tf.train.Scaffold.default_local_init_op()
+  for init_op in init_ops:
+    session.run(init_op)
 
 
 def start_threads(config, devices):
@@ -114,14 +135,15 @@ def tower_scope(index):
   return f'tower_{index}'
 
 
-def first_tower_updates():
-  """Returns the ops that update the moving statistics from the first tower's first part.
+def first_part(collection, tower=0):
+  """Returns the elements of a collection that belong to the first part of a tower's images.
 
-  Those of all towers and parts would race for the same variables.
+  For updates of moving statistics, for example: those of several parts would race for the same
+  variables.
   """
-  scopes = (f'{tower_scope(0)}/part_0/', f'{tower_scope(0)}/')
-  updates = (tf.get_collection(tf.GraphKeys.UPDATE_OPS, scope) for scope in scopes)
-  return next(filter(None, updates), [])
+  scopes = (f'{tower_scope(tower)}/part_0/', f'{tower_scope(tower)}/')
+  elements = (tf.get_collection(collection, scope) for scope in scopes)
+  return next(filter(None, elements), [])
 
 
 def split_batch(devices, *batch):
@@ -162,14 +184,14 @@ def prefetch(devices, parts):
   return current, fetch
 
 
-def replicate(tower_fn, devices, parts):
+def replicate(tower_fn, devices, parts, mirrored=False):
   """Builds one tower per device.
 
   Args:
-    tower_fn: function of the tensors of a part; the first tower creates its variables, which
-      the others share.
+    tower_fn: function of the tensors of a part; the first tower creates its variables.
     devices: device names from `tower_devices`.
     parts: list of tuples of tensors, one tuple per tower.
+    mirrored: whether the other towers have copies of the variables instead of sharing them.
 
   Returns:
     List of the values of tower_fn, one per tower.
@@ -177,11 +199,49 @@ def replicate(tower_fn, devices, parts):
   outputs = []
   for i, (device, part) in enumerate(zip(devices, parts)):
     with tf.device(device), tf.name_scope(tower_scope(i)), \
-         tf.variable_scope(tf.get_variable_scope(), reuse=i > 0), \
+         tf.variable_scope(tf.get_variable_scope(), reuse=i > 0,
+                           custom_getter=_mirroring_getter(i) if mirrored and i else None), \
          slim.arg_scope([slim.model_variable, slim.variable],
-                        device=variables_device(devices)):
+                        device=device if mirrored else variables_device(devices)):
       outputs.append(tower_fn(*part))
   return outputs
+
+
+def copies(variables):
+  """Returns the copies of variables that belong to the tower being built."""
+  with tf.variable_scope(tf.get_variable_scope(), reuse=True):
+    return [tf.get_variable(variable.op.name, dtype=variable.dtype.base_dtype)
+            for variable in variables]
+
+
+def _mirroring_getter(tower):
+  """Returns a variable getter that returns a tower's copies of the variables."""
+  mirrors = {}
+
+  def get(getter, name, *args, **kwargs):
+    if name not in mirrors:
+      mirrors[name] = _mirror(getter(name, *args, **kwargs), f'{tower_scope(tower)}/{name}')
+    return mirrors[name]
+  return get
+
+
+def get_slot(getter, name, *args, **kwargs):
+  """Gets an optimizer's variable; a custom getter for `tf.variable_scope`.
+
+  Those of mirrors are copies too, so that all towers go on from the same checkpoint.
+  """
+  scope, _, original = name.partition('/')
+  if not scope.startswith(tower_scope('')):
+    return getter(name, *args, **kwargs)
+  return _mirror(getter(original, *args, **{**kwargs, 'reuse': True}), name)
+
+
+def _mirror(variable, name):
+  """Returns a copy of a variable that is not saved: it starts with the variable's value."""
+  with tf.name_scope(None):
+    # Local variables are initialized after a checkpoint has been restored.
+    return tf.Variable(variable.read_value, trainable=False, name=name,
+                       collections=[tf.GraphKeys.LOCAL_VARIABLES])
 
 
 def accumulate(tower_fn, num_parts):
@@ -212,8 +272,20 @@ def accumulate(tower_fn, num_parts):
   return tower_fn if num_parts == 1 else accumulated
 
 
+def require_gradients(pairs):
+  """Returns (gradient, variable) pairs as they are.
+
+  Raises:
+    ValueError: a variable has no gradient.
+  """
+  for gradient, variable in pairs:
+    if gradient is None:
+      raise ValueError(f'The loss does not depend on the variable {variable.name}')
+  return pairs
+
+
 def average_gradients(tower_gradients):
-  """Averages gradients over the towers, which synchronize here and nowhere else.
+  """Averages gradients over the towers, which wait for each other here.
 
   Args:
     tower_gradients: one list of (gradient, variable) pairs per tower, in the same order, as
@@ -222,16 +294,8 @@ def average_gradients(tower_gradients):
   Returns:
     List of (mean gradient, variable) pairs.
 
-  Raises:
-    ValueError: a variable has no gradient.
   """
-  averaged = []
-  for pairs in zip(*tower_gradients):
-    variable = pairs[0][1]
-    gradients = [gradient for gradient, _ in pairs]
-    if any(gradient is None for gradient in gradients):
-      raise ValueError(f'The loss does not depend on the variable {variable.name}')
-    if len(gradients) > 1:
-      gradients = [tf.add_n(gradients) / len(gradients)]
-    averaged.append((gradients[0], variable))
-  return averaged
+  if len(tower_gradients) == 1:
+    return tower_gradients[0]
+  return [(tf.add_n([gradient for gradient, _ in pairs]) / len(pairs), pairs[0][1])
+          for pairs in zip(*tower_gradients)]

@@ -45,8 +45,7 @@ def training_seconds(precision_name='float32'):
     step = network.build_training_step(BATCH_SIZE, IMAGE_SIZE, 1.0, ['/cpu:0'], precision_name,
                                        real_images=False)
     session = tf.Session(config=config)
-    session.run(tf.global_variables_initializer())
-    session.run(tf.train.Scaffold.default_local_init_op())
+    towers.initialize(session)
     network.time_steps(lambda: session.run(step.train_op), 1)
 
   def seconds():

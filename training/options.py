@@ -8,6 +8,7 @@ import tensorflow.compat.v1 as tf
 from common import arguments
 from deployment import cluster
 from deployment import precision
+from deployment import towers
 from training import optimization
 import xception
 
@@ -129,6 +130,9 @@ def _add_device_options(group):
                      help='number of towers (default: one on every GPU, or one on the CPU)')
   group.add_argument('--clone_on_cpu', action='store_true',
                      help='places the towers on the CPU')
+  group.add_argument('--variable_update', choices=towers.VARIABLE_UPDATES,
+                     help='mirrored keeps and updates a copy of the variables on every tower, '
+                     'parameter_server keeps them on the CPU (default: mirrored on several GPUs)')
   group.add_argument('--precision', choices=precision.PRECISIONS, default='float32',
                      help='bfloat16 is faster on CPUs, float16 on GPUs; weights stay float32')
   group.add_argument('--xla', action='store_true', help='compiles the graph, on GPUs')

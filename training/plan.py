@@ -20,8 +20,8 @@ from training import optimization
 SHARED_OPTIONS = ('batch_size', 'accumulate_steps', 'image_size', 'depth_multiplier',
                   'num_epochs', 'max_number_of_steps', 'class_weights', 'trainable_scopes',
                   'precision', 'eval_every_epochs', 'early_stop_patience',
-                  'all_reduce_precision', 'check_weights_steps', 'image_key', 'label_key',
-                  'labels_offset')
+                  'all_reduce_precision', 'variable_update', 'check_weights_steps', 'image_key',
+                  'label_key', 'labels_offset')
 
 Plan = collections.namedtuple('Plan', [
     'dataset',  # slim Dataset of the training split

@@ -77,7 +77,7 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
                      global_step, accumulate_steps=1, clip_gradient_norm=0.0,
                      moving_average_decay=0.0, trainable_scopes=(),
                      workers=cluster.SingleWorker(), all_reduce_precision='float32',
-                     prefetch=None):
+                     variable_update=None, prefetch=None):
   """Builds one step: towers, average of their gradients, update of the weights.
 
   Args:
@@ -93,34 +93,24 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
     trainable_scopes: see `fine_tuning`.
     workers: cluster.Workers or SingleWorker.
     all_reduce_precision: see `workers.average`.
+    variable_update: see `towers.mirrors_variables`.
     prefetch: whether to use `towers.prefetch`; None does so on GPUs.
 
   Returns:
     A TrainStep.
   """
-  parts, fetch_next = towers.split_batch(devices, images, labels, positions), tf.no_op()
-  if towers.on_gpus(devices) if prefetch is None else prefetch:
-    parts, fetch_next = towers.prefetch(devices, parts)
-    with tf.device('/cpu:0'):  # the batch of this step, not the one that is fetched
-      images, _, positions = (tf.concat(column, 0) for column in zip(*parts))
-
-  def tower(*tower_batch):
-    with operations.replace_slow_operations():
-      cross_entropy, accuracy = loss_fn(*tower_batch)
-    variables = fine_tuning.trainable_variables(trainable_scopes)
-    return cross_entropy, accuracy, optimizer.compute_gradients(cross_entropy, variables)
-
-  losses, accuracies, tower_gradients = zip(*towers.replicate(
-      towers.accumulate(tower, accumulate_steps), devices, parts))
-
-  with tf.device(towers.variables_device(devices)):
-    # Every tower waits here for the slowest one.
-    gradients, variables = zip(*towers.average_gradients(tower_gradients))
-    # And every worker here.
-    gradients = list(zip(workers.average(gradients, all_reduce_precision), variables))
+  mirrored = towers.mirrors_variables(devices, variable_update)
+  (images, _, positions), parts, fetch_next = _split_batch(
+      (images, labels, positions), devices, prefetch)
+  losses, accuracies, tower_gradients = _build_towers(
+      parts, loss_fn, optimizer, devices, mirrored, accumulate_steps, trainable_scopes)
+  with tf.device(towers.variables_device(devices, mirrored)):
     cross_entropy, accuracy, last_position = workers.reduce_step(
         tf.add_n(losses) / len(losses), tf.add_n(accuracies) / len(accuracies), positions[-1])
-    gradients, regularization = _add_regularization(gradients)
+    copies = _average_gradients(tower_gradients, devices, mirrored, workers, all_reduce_precision)
+    copies, regularization = _add_regularization(
+        copies, devices if mirrored else [towers.variables_device(devices)])
+    gradients = copies[0]
     loss = tf.add(cross_entropy, regularization, name='total_loss')
     gradient_norm = tf.global_norm([gradient for gradient, _ in gradients])
     # Checked before the update, so that saved weights are never NaN.
@@ -128,11 +118,12 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
         loss if precision.scales_loss(optimizer) else loss + gradient_norm,
         'loss or gradient', name='finite_check')
     statistics_updates = workers.average_variables(
-        fine_tuning.moving_statistics(trainable_scopes), towers.first_tower_updates())
+        fine_tuning.moving_statistics(trainable_scopes),
+        towers.first_part(tf.GraphKeys.UPDATE_OPS))
     with tf.control_dependencies([finite_check, *statistics_updates]):
-      train_op = _build_update(
-          optimizer, optimization.clip_gradients(gradients, gradient_norm, clip_gradient_norm),
-          global_step, last_position + 1, moving_average_decay)
+      clipped = optimization.clip_gradients(sum(copies, []), gradient_norm, clip_gradient_norm)
+      train_op = _build_update(optimizer, clipped, global_step, last_position + 1,
+                               moving_average_decay)
     with tf.control_dependencies([train_op]):
       step_after = global_step.read_value()
     train_op = tf.group(train_op, fetch_next)
@@ -144,16 +135,61 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
                    *_build_summaries(scalars, images, gradients))
 
 
-def _add_regularization(gradients):
-  """Adds the gradients of the L2 loss once, since all towers share the weights.
+def _split_batch(batch, devices, prefetch):
+  """Returns the batch that a step uses, its parts, and the op that fetches the next batch."""
+  parts = towers.split_batch(devices, *batch)
+  if not (towers.on_gpus(devices) if prefetch is None else prefetch):
+    return batch, parts, tf.no_op()
+  parts, fetch_next = towers.prefetch(devices, parts)
+  with tf.device('/cpu:0'):
+    return [tf.concat(column, 0) for column in zip(*parts)], parts, fetch_next
+
+
+def _build_towers(parts, loss_fn, optimizer, devices, mirrored, accumulate_steps,
+                  trainable_scopes):
+  """Returns the losses, accuracies and (gradient, variable) pairs of the towers."""
+  def tower(*part):
+    with operations.replace_slow_operations():
+      cross_entropy, accuracy = loss_fn(*part)
+    variables = towers.copies(fine_tuning.trainable_variables(trainable_scopes))
+    gradients = optimizer.compute_gradients(cross_entropy, variables)
+    return cross_entropy, accuracy, towers.require_gradients(gradients)
+
+  return zip(*towers.replicate(towers.accumulate(tower, accumulate_steps), devices, parts,
+                               mirrored))
+
+
+def _average_gradients(tower_gradients, devices, mirrored, workers, all_reduce_precision):
+  """Returns (mean gradient, variable) pairs, one list for each copy of the variables."""
+  if not mirrored:
+    # Every tower waits here for the slowest one, and then every worker.
+    gradients, variables = zip(*towers.average_gradients(tower_gradients))
+    return [list(zip(workers.average(gradients, all_reduce_precision), variables))]
+  gradients = [[gradient for gradient, _ in pairs] for pairs in tower_gradients]
+  means = workers.average_towers(gradients, devices, all_reduce_precision)
+  return [[(mean, variable) for mean, (_, variable) in zip(tower_means, pairs)]
+          for tower_means, pairs in zip(means, tower_gradients)]
+
+
+def _add_regularization(copies, devices):
+  """Adds the gradients of the L2 loss to the mean gradients, so that it counts once.
+
+  Args:
+    copies: one list of (gradient, variable) pairs for each copy of the variables.
+    devices: device of each copy.
 
   Returns:
-    List of (gradient, variable) pairs; the L2 loss, float32 [].
+    Lists like `copies`; the L2 loss, float32 [].
   """
-  regularization = tf.losses.get_regularization_loss()
-  decays = tf.gradients(regularization, [variable for _, variable in gradients])
-  return [(gradient if decay is None else gradient + decay, variable)
-          for (gradient, variable), decay in zip(gradients, decays)], regularization
+  regularized, losses = [], []
+  for tower, (pairs, device) in enumerate(zip(copies, devices)):
+    with tf.device(device):
+      losses.append(tf.add_n(towers.first_part(tf.GraphKeys.REGULARIZATION_LOSSES, tower)
+                             or [tf.constant(0.0)]))
+      decays = tf.gradients(losses[-1], [variable for _, variable in pairs])
+      regularized.append([(gradient if decay is None else gradient + decay, variable)
+                          for (gradient, variable), decay in zip(pairs, decays)])
+  return regularized, losses[0]
 
 
 def get_or_create_next_image():
@@ -169,7 +205,8 @@ def get_or_create_next_image():
 def _build_update(optimizer, gradients, global_step, next_image, moving_average_decay):
   """Returns the op that updates weights, averages, step and position in the data."""
   # The position comes last, because the learning rate of this step depends on it.
-  with tf.control_dependencies([optimizer.apply_gradients(gradients, global_step)]):
+  with tf.variable_scope(tf.get_variable_scope(), custom_getter=towers.get_slot), \
+       tf.control_dependencies([optimizer.apply_gradients(gradients, global_step)]):
     train_op = get_or_create_next_image().assign(next_image).op
   if moving_average_decay:
     averages = tf.train.ExponentialMovingAverage(moving_average_decay, global_step)

@@ -293,6 +293,26 @@ class TogetherTest(ClusterTestCase):
     self.assertIdentical(weights, others)
 
 
+@slow
+class MirroredTest(ClusterTestCase):
+
+  def test_towers_of_two_workers(self):
+    # Four towers: a ring adds their gradients in another order than two pairs do.
+    options = [*GENTLE, '--num_clones', '2', '--max_number_of_steps', '4',
+               '--check_weights_steps', '2']
+    weights, others = self.train('mirrored', 2, '--variable_update', 'mirrored', *options)
+    self.assertIdentical(weights, others)
+    self.assertEqual(weights['next_image'], 48)
+    shared, _ = self.train('shared', 2, *options)
+    self.assertEqual(weights.keys(), shared.keys())
+    self.assertLess(self.distance(shared, weights), 1e-6)
+    # Each of them resumes the other.
+    resumed, others = self.train('shared', 2, '--variable_update', 'mirrored', *options[:-3], '6',
+                                 *options[-2:])
+    self.assertIdentical(resumed, others)
+    self.assertEqual(resumed['next_image'], 72)
+
+
 class PrefetchTest(ClusterTestCase):
 
   def test_kill_9_and_resume(self):

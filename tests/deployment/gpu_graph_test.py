@@ -20,6 +20,7 @@ from tensorflow.python.grappler import tf_optimizer
 import tf_slim as slim
 
 from deployment import precision
+from deployment import towers
 from training import step as training_step
 import xception
 
@@ -32,7 +33,7 @@ Optimized = collections.namedtuple('Optimized', [
 ])
 
 
-def build_graph(num_gpus, precision_name, fc_layers=()):
+def build_graph(num_gpus, precision_name, fc_layers=(), variable_update=None):
   """Builds a training step on GPUs in a new graph; returns the graph and the TrainStep."""
   with tf.Graph().as_default() as graph:
     optimizer = tf.train.AdamOptimizer(0.001)
@@ -48,7 +49,7 @@ def build_graph(num_gpus, precision_name, fc_layers=()):
           tf.placeholder(tf.float32, [BATCH_SIZE, IMAGE_SIZE, IMAGE_SIZE, 3]),
           tf.placeholder(tf.int64, [BATCH_SIZE]), tf.placeholder(tf.int64, [BATCH_SIZE]),
           loss_fn, optimizer, tf.constant(0.001), [f'/gpu:{i}' for i in range(num_gpus)],
-          tf.train.get_or_create_global_step())
+          tf.train.get_or_create_global_step(), variable_update=variable_update)
   return graph, step
 
 
@@ -160,17 +161,28 @@ class GpuGraphTest(tf.test.TestCase):
       self.assertEqual({op.type for op in on_gpus if not has_gpu_kernel(op)}, set())
 
   def test_where_the_parts_of_a_step_are(self):
-    graph, step = build_graph(2, 'float32')
-    places = collections.defaultdict(collections.Counter)
-    for op in graph.get_operations():
-      places[op.type][op.device.removeprefix('/device:')] += 1
-    one_each = {'GPU:0': 1, 'GPU:1': 1}
-    self.assertEqual(places['Split'], {'CPU:0': 3})  # images, labels, positions
-    self.assertEqual(places['Stage'], one_each)
-    self.assertEqual(places['Unstage'], one_each)
-    self.assertEqual(places['Conv2D'], {'GPU:0': 41, 'GPU:1': 41})
-    self.assertEqual(places['L2Loss'], {'CPU:0': 75})
-    self.assertEqual(places['ResourceApplyAdam'], {'CPU:0': 156})
+    def on_both(number):
+      return {'GPU:0': number, 'GPU:1': number}
+
+    for variable_update in towers.VARIABLE_UPDATES:
+      graph, step = build_graph(2, 'float32', variable_update=variable_update)
+      places = collections.defaultdict(collections.Counter)
+      for op in graph.get_operations():
+        places[op.type][op.device.removeprefix('/device:')] += 1
+      self.assertEqual(places['Stage'], on_both(1))
+      self.assertEqual(places['Unstage'], on_both(1))
+      self.assertEqual(places['Conv2D'], on_both(41))
+      mirrored = variable_update == 'mirrored'
+      copies = [op.device for op in graph.get_operations()
+                if op.type == 'VarHandleOp' and op.name.startswith(towers.tower_scope(1))]
+      # 236 variables of the network, and Adam's two for each that is trained.
+      self.assertEqual(copies, ['/device:GPU:1'] * (236 + 2 * 156) * mirrored)
+      self.assertEqual(places['Split'], {'CPU:0': 3})  # images, labels, positions
+      # 75 kernels, and the norm of 156 gradients.
+      self.assertEqual(places['L2Loss'], {'GPU:0': 75 + 156, 'GPU:1': 75} if mirrored else
+                       {'CPU:0': 75 + 156})
+      self.assertEqual(places['ResourceApplyAdam'], on_both(156) if mirrored else {'CPU:0': 156})
+      self.assertEqual(places['CollectiveReduce'], on_both(1) if mirrored else {})
     fetched = tf.graph_util.extract_sub_graph(graph.as_graph_def(), [step.train_op.name])
     self.assertEqual(sum(node.op == 'Stage' for node in fetched.node), 2)
     # A step's positions are those of the batch that it uses, not of the one that it fetches.

@@ -94,7 +94,7 @@ class AverageGradientsTest(tf.test.TestCase):
     with tf.Graph().as_default():
       unused = tf.get_variable('unused', [])
       with self.assertRaisesRegex(ValueError, 'does not depend on the variable unused'):
-        towers.average_gradients([[(None, unused)]])
+        towers.require_gradients([(None, unused)])
 
 
 class ReplicateTest(tf.test.TestCase):
