@@ -223,7 +223,8 @@ def _import(graph_def, images):
 def _tflite_writer(optimizations=(), supported_types=(), is_calibrated=False):
   """Returns a function that writes TFLite with these settings of the converter."""
   def write(graph_def, path, settings):
-    with tf.Graph().as_default(), tf.Session() as session:
+    with tf.Graph().as_default(), \
+         tf.Session(config=runtimes.session_config(use_gpu=False)) as session:
       images, output = tf.import_graph_def(graph_def, return_elements=[
           f'{runtimes.INPUT_NODE}:0', f'{runtimes.OUTPUT_NODE}:0'], name='')
       converter = tf.lite.TFLiteConverter.from_session(session, [images], [output])
