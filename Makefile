@@ -43,7 +43,7 @@ cluster-demo: .venv/installed
 
 # A frozen model in every program that docs/export.md shows; they are installed beside .venv.
 test-clients: .venv-clients/installed
-	.venv-clients/bin/python -m pytest -q -rs tests/export/clients_test.py tests/write_pb_test.py
+	.venv-clients/bin/python -m pytest -q -rs tests/export tests/write_pb_test.py
 	PYTHONPATH=.venv-clients/opencv5 .venv-clients/bin/python -m pytest -q tests/export/clients_test.py -k opencv
 
 # 10,000 damaged images, with the frozen model of make freeze.

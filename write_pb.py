@@ -43,10 +43,10 @@ def parse_args(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__.split('\n')[0],
       epilog='Models that decode images themselves (jpeg_pb, and the signature "encoded" of '
-      'saved_model) ignore EXIF orientation and transparency, as TensorFlow does. '
-      'classify_image.py turns every image upright and puts it on white before such a model gets '
-      'it; other programs have to do the same. A .pb is a program: load only files that you or '
-      'someone you trust made.',
+      'saved_model) blend transparent pixels with white but ignore an EXIF orientation, which '
+      'TensorFlow cannot read. classify_image.py turns every image upright before such a model '
+      'gets it; other programs have to do the same. A .pb is a program: load only files that you '
+      'or someone you trust made.',
       formatter_class=arguments.HelpFormatter)
   parser.add_argument('--log_dir', '--train_dir', default='./log',
                       help='folder that train_flowers.py wrote')
@@ -60,9 +60,7 @@ def parse_args(argv=None):
                       help='name of the frozen graph, ending in .pb; the other formats are named '
                       'after it, and labels.txt and model.json are written beside it')
   parser.add_argument('--formats', type=parse_formats, default='pb',
-                      help=f'comma-separated formats: {", ".join(formats.FORMATS)}; jpeg_pb and '
-                      'the signature `encoded` of saved_model decode images: transparency becomes '
-                      'white, an EXIF orientation is ignored')
+                      help=f'comma-separated formats: {", ".join(formats.FORMATS)}')
   parser.add_argument('--image_size', '--eval_image_size', type=arguments.image_size,
                       help='height and width of the images in pixels; the network takes any size '
                       '(default: the size it was trained with)')

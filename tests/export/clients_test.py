@@ -5,6 +5,7 @@ probabilities. Programs whose packages are not installed are skipped.
 """
 
 import contextlib
+import glob
 import importlib.util
 import io
 import os
@@ -19,6 +20,7 @@ import tensorflow.compat.v1 as tf
 
 from common import checkpoints
 from export import freeze
+from export import models
 from scripts import DATASET_DIR
 from scripts import PROJECT
 import small_model
@@ -29,9 +31,12 @@ HAS_ONNX = all(importlib.util.find_spec(name) for name in ('tf2onnx', 'onnxrunti
 
 def program(title, language='python'):
   """Returns the program under the title **title** of docs/export.md."""
-  with open(os.path.join(PROJECT, 'docs', 'export.md'), encoding='utf-8') as f:
-    _, _, text = f.read().partition(f'**{title}**')
-  return re.search(rf'```{language}\n(.*?)```', text, re.DOTALL)[1]
+  for page in sorted(glob.glob(os.path.join(PROJECT, 'docs', 'export*.md'))):
+    with open(page, encoding='utf-8') as f:
+      _, found, text = f.read().partition(f'**{title}**')
+    if found:
+      return re.search(rf'```{language}\n(.*?)```', text, re.DOTALL)[1]
+  raise ValueError(f'docs/export.md has no program {title!r}')
 
 
 class ClientsTest(tf.test.TestCase):
@@ -45,25 +50,37 @@ class ClientsTest(tf.test.TestCase):
     with contextlib.redirect_stdout(io.StringIO()):
       write_pb.main(write_pb.parse_args([
           '--log_dir', cls.dir, '--output_file', os.path.join(cls.dir, 'frozen_model_xception.pb'),
-          '--formats', 'pb,saved_model,tflite' + ',onnx' * HAS_ONNX,
-          '--dataset_dir', DATASET_DIR]))
+          '--formats', 'pb,saved_model,tflite,tflite_full_int8' + ',onnx' * HAS_ONNX,
+          '--dataset_dir', DATASET_DIR, '--calibration_images', '50',
+          '--max_accuracy_loss', '0.1']))
     images, _ = small_model.validation_images()
     images = images[::10]
     np.save(os.path.join(cls.dir, 'images.npy'), images)
     _, predict, _ = freeze.freeze(checkpoint, checkpoints.load_config(checkpoint))
     cls.expected = predict(images)
 
-  def check(self, title, package='tensorflow'):
-    """Runs a program of docs/export.md; returns what it printed."""
+  def check(self, title, package='tensorflow', model=None, expected=None):
+    """Runs a program of docs/export.md; returns what it printed.
+
+    Args:
+      title: the program's.
+      package: what it needs, else the test is skipped.
+      model: file to use in place of frozen_model_xception.pb.
+      expected: probabilities, by default the checkpoint's.
+    """
     if not importlib.util.find_spec(package):
       self.skipTest(f'{package} is not installed')
+    text = program(title)
+    if model:
+      self.assertIn("'frozen_model_xception.pb'", text)
+      text = text.replace('frozen_model_xception.pb', model)
     code = ('import numpy as np\n'
             "images = np.load('images.npy')\n"
-            f'{program(title)}\n'
+            f'{text}\n'
             "np.save('probabilities.npy', np.asarray(probabilities))\n")
     output = self.run_command([sys.executable, '-c', code])
-    self.assertAllClose(np.load(os.path.join(self.dir, 'probabilities.npy')), self.expected,
-                        rtol=0, atol=1e-4)
+    self.assertAllClose(np.load(os.path.join(self.dir, 'probabilities.npy')),
+                        self.expected if expected is None else expected, rtol=0, atol=1e-4)
     return output
 
   def run_command(self, command):
@@ -93,16 +110,51 @@ class ClientsTest(tf.test.TestCase):
     probabilities = np.load(os.path.join(self.dir, 'out', 'probabilities.npy'))
     self.assertAllClose(probabilities, self.expected, rtol=0, atol=1e-4)
 
+  def test_features(self):
+    self.assertEndsWith(self.check('Features'), '(10, 256) (10, 5)\n')
+
   def test_opencv(self):
     self.check('OpenCV', 'cv2')
 
+  def test_opencv_tflite(self):
+    self.check('OpenCV, TFLite', 'cv2')
+
+  def test_opencv_onnx(self):
+    self.require_onnx()
+    self.check('OpenCV, ONNX', 'cv2')
+
+  def test_openvino(self):
+    for model in ['frozen_model_xception.pb', 'frozen_model_xception.tflite',
+                  'frozen_model_xception_saved_model'] + ['frozen_model_xception.onnx'] * HAS_ONNX:
+      self.check('OpenVINO', 'openvino', model)
+
   def test_onnx_runtime(self):
-    if not HAS_ONNX:
-      self.skipTest('tf2onnx or onnxruntime is not installed')
+    self.require_onnx()
     self.check('ONNX Runtime')
 
   def test_litert(self):
     self.check('LiteRT', 'ai_edge_litert')
+
+  def test_litert_8_bits(self):
+    path = os.path.join(self.dir, 'frozen_model_xception_full_int8.tflite')
+    images = np.load(os.path.join(self.dir, 'images.npy'))
+    self.check('LiteRT, 8 bits', 'ai_edge_litert', expected=models.load(path).predict(images))
+
+  def test_tflite_converter(self):
+    self.check('TFLite from the SavedModel')
+
+  def test_tf2onnx(self):
+    self.require_onnx()
+    command = program('ONNX from the SavedModel', 'sh')
+    self.assertTrue(command.startswith('python '))
+    self.run_command(sys.executable + command.removeprefix('python'))
+    images = np.load(os.path.join(self.dir, 'images.npy'))
+    self.assertAllClose(models.load(os.path.join(self.dir, 'converted.onnx')).predict(images),
+                        self.expected, rtol=0, atol=1e-4)
+
+  def require_onnx(self):
+    if not HAS_ONNX:
+      self.skipTest('tf2onnx or onnxruntime is not installed')
 
 
 if __name__ == '__main__':
