@@ -21,6 +21,7 @@ import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
 from common import checkpoints
+from conversion import keras_models
 import convert_keras_weights
 from create_tfrecords_test import image_bytes
 import eval_flowers
@@ -73,7 +74,7 @@ def make_models(images):
     {number of classes: list of logits, one array per batch}, and the slim
     weights of the model with 5 classes.
   """
-  keras = convert_keras_weights.import_keras()
+  keras = keras_models.import_keras()
   for num_classes in (5, 1000):
     MODELS[num_classes] = keras.applications.Xception(
         weights=None, classes=num_classes, classifier_activation=None,
@@ -84,7 +85,7 @@ def make_models(images):
     layer.set_weights(source.get_weights())
   logits = {num_classes: [np.array(MODELS[num_classes]([batch], training=False))
                           for batch in images] for num_classes in (5, 1000)}
-  return logits, convert_keras_weights.slim_weights(MODELS[5])
+  return logits, keras_models.slim_weights(MODELS[5])
 
 
 def save(num_classes, path):
@@ -110,11 +111,11 @@ def load(path, images=None):
     Its slim weights, its (height, width), and its probabilities for `images`
     or None.
   """
-  keras = convert_keras_weights.import_keras()
+  keras = keras_models.import_keras()
   model = (keras.applications.Xception(weights=path, classes=5)
            if path.endswith('.weights.h5') else keras.saving.load_model(path))
   probabilities = None if images is None else np.array(model(images, training=False))
-  return convert_keras_weights.slim_weights(model), model.input_shape[1:3], probabilities
+  return keras_models.slim_weights(model), model.input_shape[1:3], probabilities
 
 
 def convert(*args):
@@ -157,9 +158,26 @@ def fail_to_download(url, checkpoint):
 
 def save_other_network(path):
   """Saves a network of one layer in the format that the suffix asks for."""
-  keras = convert_keras_weights.import_keras()
+  keras = keras_models.import_keras()
   model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3)])
   (model.save_weights if path.endswith('.weights.h5') else model.save)(path)
+
+
+def save_small_model(path):
+  """Saves a model with one sigmoid output for images of 71 pixels."""
+  keras = keras_models.import_keras()
+  inputs = keras.Input([71, 71, 3])
+  base = keras.applications.Xception(weights=None, include_top=False, input_shape=(71, 71, 3))
+  randomize(base, np.random.default_rng(0))
+  pooled = keras.layers.GlobalAveragePooling2D()(base(inputs))
+  keras.Model(inputs, keras.layers.Dense(1, 'sigmoid')(pooled)).save(path)
+
+
+def convert_with_other_answers(path, checkpoint):
+  """Converts a file as if Keras answered with the classes swapped."""
+  with mock.patch.object(keras_models, 'probabilities',
+                         lambda outputs, activation: np.concatenate([outputs, 1 - outputs], 1)):
+    convert('--keras_weights', path, '--output_checkpoint', checkpoint)
 
 
 def read(checkpoint):
@@ -220,7 +238,7 @@ class ConversionTestCase(tf.test.TestCase):
       np.testing.assert_array_equal(weights[name], value, name)
 
   def assertRefused(self, message, function, *args):
-    with self.assertRaisesRegex((convert_keras_weights.ConversionError,
+    with self.assertRaisesRegex((keras_models.ConversionError,
                                  checkpoints.CheckpointError, flowers.DatasetError), message):
       function(*args)
 
@@ -300,7 +318,7 @@ class KerasToSlimTest(ConversionTestCase):
     self.assertNotIn('model_config.json', os.listdir(os.path.dirname(self.checkpoint)))
 
   def test_imagenet_download_fails(self):
-    message = 'Keras cannot get its ImageNet weights: .*{}.*. Run it again, or give the path'
+    message = 'Keras cannot get its ImageNet weights: .*{}.*. Run it again, or download the file'
     path = self.path('xception.h5')
     self.assertRefused(message.format('URL fetch failure on file://.*No such file'),
                        in_keras, fail_to_download, f'file://{path}', self.checkpoint)
@@ -317,30 +335,64 @@ class KerasToSlimTest(ConversionTestCase):
     self.assertLen(os.listdir(os.path.join(os.environ['KERAS_HOME'], 'models')), 1)
 
   def test_another_number_of_classes(self):
-    self.assertRefused('keras_2.h5 has 5 classes, not 1000: give --num_classes 5',
-                       self.to_slim, KERAS_FILE)
-    # Keras itself would drop the top of this one in silence.
-    self.assertRefused('xception.weights.h5 has 5 classes, not 0: give --num_classes 5',
-                       self.to_slim, self.save(5, 'xception.weights.h5'), '--num_classes',
-                       '0')
+    for num_classes in ('0', '7'):
+      self.assertRefused(f'keras_2.h5 has 5 classes, not {num_classes}: give --num_classes 5',
+                         self.to_slim, KERAS_FILE, '--num_classes', num_classes)
     self.assertFalse(os.path.exists(os.path.dirname(self.checkpoint)))
 
   def test_damaged_and_foreign_files(self):
     with open(self.save(5, 'xception.weights.h5'), 'rb') as f:
-      whole = f.read()
-    for name, content in [('cut.weights.h5', whole[:1_000_000]), ('keras_3.h5', whole),
-                          ('empty.h5', b''), ('text.keras', b'text')]:
+      start = f.read(1_000_000)
+    for name, content in [('cut.weights.h5', start), ('empty.h5', b''), ('text.keras', b'text')]:
       with open(self.path(name), 'wb') as f:
         f.write(content)
     for name in ('other.h5', 'other.weights.h5'):
       in_keras(save_other_network, self.path(name))
-    for name, reason in [
-        ('cut.weights.h5', 'truncated file'), ('keras_3.h5', 'found 0 saved layers'),
-        ('empty.h5', 'file signature not found'), ('text.keras', 'File is not a zip file'),
-        ('other.h5', 'found 1 saved layers'), ('other.weights.h5', 'could not be loaded')]:
-      self.assertRefused(f'{name} has no weights of Keras\' Xception .*{reason}.*suffix may be '
-                         'wrong', self.to_slim, self.path(name), '--num_classes', '5')
+    for message in [
+        'cut.weights.h5 is not a Keras file, or is damaged: .*truncated file',
+        'empty.h5 is not a Keras file, or is damaged', 'text.keras is not a Keras file',
+        'other.h5 cannot be converted: it holds no Xception',
+        "other.weights.h5 does not hold Keras' Xception: it lacks weights for block1_conv1"]:
+      self.assertRefused(message, self.to_slim, self.path(message.split()[0]))
     self.assertFalse(os.path.exists(os.path.dirname(self.checkpoint)))
+
+  def test_image_size(self):
+    path = self.path('small.keras')
+    in_keras(save_small_model, path)
+    output = self.to_slim(path)
+    self.assertRegex(output, r"The slim network gives Keras' answers: they differ by at most \S+-0")
+    config = checkpoints.load_config(self.checkpoint)
+    self.assertEqual((config.image_size, config.class_names), (71, ['class_0', 'class_1']))
+    self.assertRefused('is for images of 71 x 71 pixels, not 299: leave --image_size out',
+                       self.to_slim, path, '--image_size', '299', '--overwrite')
+    # Weights alone do not say how large the images are.
+    self.assertIn('taken to be of 299 pixels', self.to_slim(KERAS_FILE, '--overwrite'))
+    self.assertEqual(checkpoints.load_config(self.checkpoint).image_size, 299)
+    self.to_slim(KERAS_FILE, '--image_size', '128', '--overwrite')
+    self.assertEqual(checkpoints.load_config(self.checkpoint).image_size, 128)
+
+  def test_other_answers_than_those_of_keras(self):
+    path = self.path('small.keras')
+    in_keras(save_small_model, path)
+    self.assertRefused('The slim network answers .* where Keras answers', in_keras,
+                       convert_with_other_answers, path, self.checkpoint)
+    self.assertEqual(os.listdir(os.path.dirname(self.checkpoint)), [])
+
+  def test_options_that_weights_without_classifier_cannot_keep(self):
+    path = self.save(0, 'model.h5')
+    labels = self.path('labels.txt')
+    with open(labels, 'w') as f:
+      f.write('0:cat\n1:dog\n')
+    for option in (['--labels', labels], ['--image_size', '128']):
+      self.assertRefused('has no classifier.* leave --labels and --image_size out',
+                         self.to_slim, path, *option)
+
+  def test_checkpoint_given_as_keras_file(self):
+    path = write(self.path('model.ckpt'), {'Xception/w': np.zeros(1)})
+    tf.train.update_checkpoint_state(self.dir, path)
+    for given in (path, self.dir):
+      self.assertRefused(f'{given} is a checkpoint, not a Keras file: give it as --checkpoint',
+                         convert, '--keras_weights', given, '--output_checkpoint', self.checkpoint)
 
   def test_mistakes_found_before_keras_is_loaded(self):
     def to_slim(weights, *args):
@@ -351,7 +403,7 @@ class KerasToSlimTest(ConversionTestCase):
     path = self.path('xception.npz')
     with open(path, 'w'):
       pass
-    self.assertRefused(f'{path} ends in none of .h5, .hdf5, .keras', to_slim, path)
+    self.assertRefused(f'{path} must end in one of .h5, .hdf5, .keras', to_slim, path)
     self.assertRefused('Cannot read none.txt', to_slim, path, '--labels', 'none.txt')
 
     os.mkdir(os.path.dirname(self.checkpoint))
@@ -368,7 +420,7 @@ class KerasToSlimTest(ConversionTestCase):
     labels = self.path('labels.txt')
     with open(labels, 'w') as f:
       f.write('0:cat\n1:dog\n')
-    self.assertRefused(f'{labels} names 2 classes, but {KERAS_FILE} has 5', self.to_slim,
+    self.assertRefused(f'--labels names 2 classes, but {KERAS_FILE} has 5', self.to_slim,
                        KERAS_FILE, '--num_classes', '5', '--labels', labels)
     self.assertEqual(os.listdir(self.dir), ['labels.txt'])
 
@@ -478,6 +530,8 @@ class SlimToKerasTest(ConversionTestCase):
     def to_keras(checkpoint, name):
       convert('--checkpoint', checkpoint, '--output_keras', self.path(name))
 
+    self.assertRefused(f'{KERAS_FILE} is a Keras file, not a checkpoint: give it as '
+                       '--keras_weights', to_keras, KERAS_FILE, 'xception.keras')
     for checkpoint in (self.dir, self.checkpoint):
       self.assertRefused(f'No checkpoint in {checkpoint}: run train_flowers.py first',
                          to_keras, checkpoint, 'xception.keras')
@@ -515,17 +569,20 @@ class CommandLineTest(ConversionTestCase):
                        '--output_checkpoint', name)
     self.assertUsage('must be a whole number of 0 or more, got -1', '--num_classes', '-1')
 
-  def run_script(self, *args):
+  def run_script(self, *args, **env):
     return subprocess.run([sys.executable, 'convert_keras_weights.py', *args], cwd=PROJECT,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, env={**os.environ, **env})
 
   def test_script(self):
+    # This output cannot show the path as it is.
+    path = os.path.join(self.dir, 'blüte', 'xception.ckpt')
     result = self.run_script('--keras_weights', KERAS_FILE, '--num_classes', '5',
-                             '--output_checkpoint', self.checkpoint)
+                             '--output_checkpoint', path, PYTHONIOENCODING='ascii')
     self.assertEqual(result.returncode, 0, result.stderr)
+    shown = os.path.join(self.dir, r'bl\xfcte')
     self.assertEndsWith(result.stdout,
-                        f'Wrote {self.checkpoint} and {self.dir}/ckpt/model_config.json\n')
-    self.assertSameWeights(read(self.checkpoint), {**WEIGHTS, 'global_step': np.int64(0)})
+                        f'Wrote {shown}/xception.ckpt and {shown}/model_config.json\n')
+    self.assertSameWeights(read(path), {**WEIGHTS, 'global_step': np.int64(0)})
 
   def test_script_fails_without_a_traceback(self):
     result = self.run_script('--keras_weights', 'none.h5', '--output_checkpoint', self.checkpoint)

@@ -13,14 +13,14 @@ LAYERS = [
     {'slim_bridge'},
     {'xception', 'xception_preprocessing'},
     {'common'},
-    {'records', 'cpu_kernels'},
+    {'records', 'cpu_kernels', 'conversion'},
     {'deployment'},
     {'evaluation', 'export'},
     {'training'},
     {'benchmarks', 'dataset'},
 ]
-PACKAGES = {'common', 'records', 'cpu_kernels', 'deployment', 'evaluation', 'export', 'training',
-            'benchmarks', 'dataset'}
+PACKAGES = {'common', 'conversion', 'records', 'cpu_kernels', 'deployment', 'evaluation', 'export',
+            'training', 'benchmarks', 'dataset'}
 
 
 def level(name):

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
-import convert_keras_weights
+from conversion import keras_models
 import xception
 
 NUM_CLASSES = 10
@@ -55,7 +55,7 @@ def run_keras():
     weights: dict {slim variable name: array}.
     count: int, number of parameters.
   """
-  keras = convert_keras_weights.import_keras()
+  keras = keras_models.import_keras()
   random = np.random.default_rng(0)
   model = keras.applications.Xception(
       weights=None, classes=NUM_CLASSES, input_shape=(HEIGHT, WIDTH, 3))
@@ -64,7 +64,7 @@ def run_keras():
   features = keras.Model(model.input, [model.get_layer('avg_pool').output, model.output])
   pooled, probabilities = features(images, training=False)
   return (images, np.array(pooled), np.array(probabilities),
-          convert_keras_weights.slim_weights(model), model.count_params())
+          keras_models.slim_weights(model), model.count_params())
 
 
 class KerasEquivalenceTest(tf.test.TestCase):
