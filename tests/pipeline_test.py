@@ -404,8 +404,8 @@ class RecipeTest(ScriptTestCase):
     self.assertEqual(returncode, 0, output)
     self.assertIn('8 per tower in 2 parts; bfloat16', output)
     with open(os.path.join(self.log_dir, 'timeline-3.json'), encoding='utf-8') as f:
-      events = json.load(f)['traceEvents']
-    bfloat16_ops = [event for event in events if 'bfloat16' in str(event.get('args', {})).lower()
+      trace = json.load(f)['traceEvents']
+    bfloat16_ops = [event for event in trace if 'bfloat16' in str(event.get('args', {})).lower()
                     or 'AutoMixedPrecision' in str(event.get('args', {}))]
     self.assertNotEmpty(bfloat16_ops)
     tags = {value.tag for event in events(self.log_dir) for value in event.summary.value}
