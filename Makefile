@@ -59,9 +59,9 @@ test-browser: .venv/installed-dev
 benchmark: .venv/installed-dev
 	$(RUN) -m pytest -q -s tests/speed_gains.py
 
-# Folded float32 and bfloat16 beside the unfolded graph, at 299 x 299.
-bench-frozen: .venv/installed
-	$(RUN) -m benchmarks.frozen_speed
+# Frozen models of every format in their runtimes; on an idle machine.
+bench-frozen: .venv-clients/installed
+	.venv-clients/bin/python -m benchmarks.frozen_speed
 
 # Removes the environments and what was compiled: never logs or data.
 clean:
