@@ -59,13 +59,12 @@ def take_steps(devices, batch_size, image_size, depth_multiplier, initial=None,
               for variable in tf.local_variables()]
     init_ops = tf.global_variables_initializer(), tf.train.Scaffold.default_local_init_op()
     with tf.Session(config=towers.session_config(devices)) as session:
-      session.run(init_ops[0])
-      for name, value in (initial or {}).items():
-        variables[name].load(value, session)
+      session.run(init_ops[0], {variables[name].initializer.inputs[1]: value
+                                for name, value in (initial or {}).items()})
       initial = session.run(variables)
       session.run(init_ops[1])
       losses = [session.run([step.loss, step.train_op])[0] for _ in range(NUM_STEPS)]
-      difference = max((np.abs(np.subtract(*session.run(pair))).max() for pair in copies),
+      difference = max((np.abs(np.subtract(*pair)).max() for pair in session.run(copies)),
                        default=0.0)
   return losses, initial, difference
 
