@@ -10,7 +10,7 @@ TRAIN_FLAGS ?= --image_size 128 --depth_multiplier 0.5
 
 RUN = .venv/bin/python
 
-.PHONY: train eval freeze tensorboard test lint test-cluster test-browser test-clients test-hostile \
+.PHONY: train eval freeze tensorboard test lint test-cluster test-browser test-clients test-hostile test-gpu \
 	benchmark bench-frozen cluster-demo clean
 
 train: .venv/installed
@@ -58,6 +58,10 @@ test-browser: .venv/installed-dev
 # Speed that was gained must stay; on an idle machine.
 benchmark: .venv/installed-dev
 	$(RUN) -m pytest -q -s tests/speed_gains.py
+
+# Checks and measures training on the GPUs of this machine: ten minutes, a report to paste.
+test-gpu: .venv/installed
+	$(RUN) -m benchmarks.gpu_report
 
 # Frozen models of every format in their runtimes; on an idle machine.
 bench-frozen: .venv-clients/installed

@@ -38,8 +38,8 @@ IMPORT_SECONDS = time.perf_counter() - START
 NETWORK_OPTIONS = {'batch_size', 'image_size', 'depth_multiplier', 'clone_on_cpu', 'precision',
                    'xla', 'steps'}
 OPTIONS = {
-    'train': NETWORK_OPTIONS | {'num_clones', 'synthetic'},
-    'end_to_end': NETWORK_OPTIONS | {'num_clones', 'synthetic'},
+    'train': NETWORK_OPTIONS | {'num_clones', 'variable_update', 'synthetic'},
+    'end_to_end': NETWORK_OPTIONS | {'num_clones', 'variable_update', 'synthetic'},
     'inference': NETWORK_OPTIONS | {'synthetic'},
     'input': {'batch_size', 'image_size', 'steps'},
     'train --peers': {'batch_size', 'image_size', 'steps', 'rounds'},
@@ -67,6 +67,8 @@ def parse_args(argv=None):
   parser.add_argument('--num_clones', type=arguments.positive_int,
                       help='number of towers (default: one on every GPU, or one on the CPU)')
   parser.add_argument('--clone_on_cpu', action='store_true', help='puts the towers on the CPU')
+  parser.add_argument('--variable_update', choices=towers.VARIABLE_UPDATES,
+                      help='where the variables are (default: mirrored on several GPUs)')
   parser.add_argument('--precision', choices=precision.PRECISIONS, default='float32',
                       help='number format of the computation')
   parser.add_argument('--xla', action='store_true', help='compiles the graph, on GPUs')
@@ -107,7 +109,8 @@ def measure(args):
   else:
     result = network.measure_training(args.batch_size, args.image_size, args.depth_multiplier,
                                       devices, args.precision, args.xla, args.steps,
-                                      args.mode == 'end_to_end' and not args.synthetic)
+                                      args.mode == 'end_to_end' and not args.synthetic,
+                                      args.variable_update)
   return {**result, 'import_seconds': IMPORT_SECONDS}
 
 

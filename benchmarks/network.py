@@ -80,8 +80,13 @@ def time_steps(step, num_steps):
 
 
 def build_training_step(batch_size, image_size, depth_multiplier, devices, precision,
-                        real_images):
-  """Returns a TrainStep with Adam in the default graph; see `measure_training`."""
+                        real_images, variable_update=None, frozen=False):
+  """Returns a TrainStep with Adam in the default graph.
+
+  Args:
+    frozen: whether to freeze batch norm and to disable dropout.
+    Others: see `measure_training`.
+  """
   shape = [batch_size, image_size, image_size, 3]
   if real_images:
     batch = flowers.load_numbered_batch(
@@ -91,7 +96,7 @@ def build_training_step(batch_size, image_size, depth_multiplier, devices, preci
     positions = tf.range(batch_size, dtype=tf.int64)
     batch = images, positions % NUM_CLASSES, positions
   loss_fn = functools.partial(
-      training_step.tower_loss, num_classes=NUM_CLASSES, is_training=True,
+      training_step.tower_loss, num_classes=NUM_CLASSES, is_training=not frozen,
       depth_multiplier=depth_multiplier, dropout_keep_prob=0.5, label_smoothing=0.0, seed=0)
   learning_rate = tf.constant(0.001)
   optimizer = tf.train.AdamOptimizer(learning_rate)
@@ -100,11 +105,11 @@ def build_training_step(batch_size, image_size, depth_multiplier, devices, preci
   with slim.arg_scope(xception.xception_arg_scope()):
     return training_step.build_train_step(
         *batch, loss_fn, optimizer, learning_rate, devices,
-        tf.train.get_or_create_global_step())
+        tf.train.get_or_create_global_step(), variable_update=variable_update)
 
 
 def measure_training(batch_size, image_size, depth_multiplier, devices, precision, xla, num_steps,
-                     real_images):
+                     real_images, variable_update=None):
   """Measures training steps of the network.
 
   Args:
@@ -115,6 +120,7 @@ def measure_training(batch_size, image_size, depth_multiplier, devices, precisio
     num_steps: timed steps.
     real_images: True trains on the shipped flowers through the whole input pipeline, False
       repeats one batch.
+    variable_update: see `towers.mirrors_variables`.
 
   Returns:
     Dict of figures, see `figures`.
@@ -125,12 +131,11 @@ def measure_training(batch_size, image_size, depth_multiplier, devices, precisio
   with tf.Graph().as_default():
     start = time.perf_counter()
     step = build_training_step(batch_size, image_size, depth_multiplier, devices, precision,
-                               real_images)
+                               real_images, variable_update)
     graph_seconds = time.perf_counter() - start
     start = time.perf_counter()
     with tf.Session(config=config) as session:
-      session.run(tf.global_variables_initializer())
-      session.run(tf.train.Scaffold.default_local_init_op())
+      towers.initialize(session)
       session.run(step.train_op)
       first_step_seconds = time.perf_counter() - start
       seconds = time_steps(lambda: session.run([step.train_op, step.global_step]), num_steps)

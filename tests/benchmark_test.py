@@ -10,6 +10,7 @@ import sys
 import unittest
 from unittest import mock
 
+from benchmarks import gpu_report
 from benchmarks import network
 from benchmarks import peers
 from benchmarks import rounds
@@ -128,6 +129,51 @@ class BenchmarkTest(unittest.TestCase):
     self.assertRegex(
         peers.table([row]).splitlines()[1],
         r'^train +float32 +Keras train_on_batch +5\.00 +4\.00 +1\.25 +1\.00 to 3\.00$')
+
+
+class GpuReportTest(unittest.TestCase):
+  """The checks of `make test-gpu`, on CPU devices."""
+
+  SIZES = {'batch_size': 4, 'image_size': 71, 'depth_multiplier': 0.125}
+
+  def test_without_a_gpu_nothing_runs(self):
+    result = subprocess.run([sys.executable, '-m', 'benchmarks.gpu_report'], cwd=PROJECT,
+                            capture_output=True, text=True)
+    self.assertEqual((result.returncode, result.stdout),
+                     (0, 'TensorFlow finds no GPU: 0 tests run\n'))
+
+  def test_checks_on_cpu_devices(self):
+    self.assertRegex(gpu_report.check_kernels(['/cpu:0'], **self.SIZES),
+                     r'^\d{4} operations on CPU:0, convolutions in NHWC$')
+    self.assertEqual(gpu_report.check_one_tower(['/cpu:0'], **self.SIZES),
+                     'losses of 3 steps differ by 0.0e+00')
+    self.assertRegex(gpu_report.check_towers(['/cpu:0', '/cpu:1'], **self.SIZES),
+                     r'^parameter_server: losses .*e-0[5-9]; mirrored: losses .*e-0[5-9]$')
+
+  def test_scripts_on_cpu_devices(self):
+    self.assertRegex(
+        gpu_report.check_scripts(['/cpu:0'], 'float32', 0.3, 71, 0.125, min_accuracy=0.0),
+        r'^float32: resumed at step 5, accuracy [\d.]+ after 0.3 epochs, frozen and compared$')
+    with self.assertRaisesRegex(gpu_report.CheckError, 'train_flowers.py .* ended with 1'):
+      gpu_report.check_scripts(['/cpu:0'], 'float16', 0.3, 71, 0.125, min_accuracy=0.0)
+
+  def test_losses_that_differ(self):
+    for losses in ([1.0, 2.01], [1.0, float('nan')]):
+      with self.assertRaisesRegex(gpu_report.CheckError, 'differ by'):
+        gpu_report.compare_losses(losses, [1.0, 2.0])
+
+  def test_what_is_checked_on_gpus(self):
+    one, two = (gpu_report.gpu_checks([f'/gpu:{i}' for i in range(n)]) for n in (1, 2))
+    self.assertEqual(set(two) - set(one), {
+        'towers', 'float16, 2 towers, parameter_server', 'float16, 2 towers, mirrored'})
+
+  def test_failures_are_counted(self):
+    def fail():
+      raise gpu_report.CheckError('too slow')
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+      self.assertEqual(gpu_report.run_checks({'a': lambda: 'fine', 'b': fail}), 1)
+    self.assertRegex(printed.getvalue(),
+                     r'^ok      a: fine \(0 s\)\nFAILED  b: CheckError: too slow \(0 s\)\n$')
 
 
 if __name__ == '__main__':

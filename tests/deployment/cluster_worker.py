@@ -8,6 +8,7 @@ weight of this worker after that step. --prefetch prefetches to the towers' devi
 """
 
 import argparse
+import functools
 import os
 import sys
 from unittest import mock
@@ -60,7 +61,8 @@ def main():
 
   with mock.patch.object(training_step, 'tower_loss', loss), \
        mock.patch.object(train_flowers, 'build_hooks', hooks), \
-       mock.patch.object(towers, 'on_gpus', lambda devices: args.prefetch), \
+       mock.patch.object(training_step, 'build_train_step', functools.partial(
+           training_step.build_train_step, prefetch=args.prefetch)), \
        mock.patch.object(towers, 'start_threads'):
     try:
       train_flowers.main(options.parse_train_args('', train_options))
