@@ -111,4 +111,8 @@ class ArgumentParser(argparse.ArgumentParser):
     super().__init__(fromfile_prefix_chars='@', formatter_class=HelpFormatter, **kwargs)
 
   def convert_arg_line_to_args(self, arg_line):
-    return shlex.split(arg_line, comments=True)
+    try:
+      return shlex.split(arg_line, comments=True)
+    except ValueError as error:
+      self.error(f'the line {arg_line!r} of an @FILE has {str(error).lower()}: put a text with an '
+                 "apostrophe between double quotes")

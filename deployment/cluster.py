@@ -45,10 +45,12 @@ WATCH_SECS = 0.1
 RESTART_ADVICE = ('Restart all workers with the same commands; training resumes from the last '
                   'checkpoint')
 
-# Errors of a session that has lost other workers, as opposed to a fault of this one.
-PEER_ERRORS = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError,
-               tf.errors.DeadlineExceededError, tf.errors.InternalError,
-               tf.errors.FailedPreconditionError, tf.errors.UnknownError)
+# Errors of a session that has lost other workers.
+LOST_PEER_ERRORS = (tf.errors.UnavailableError, tf.errors.AbortedError,
+                    tf.errors.CancelledError, tf.errors.DeadlineExceededError)
+# These may have the same cause, or be a fault of this worker.
+PEER_ERRORS = (*LOST_PEER_ERRORS, tf.errors.InternalError, tf.errors.FailedPreconditionError,
+               tf.errors.UnknownError)
 
 ReducedStep = collections.namedtuple('ReducedStep', [
     'cross_entropy',  # float32 [], mean over the workers
@@ -383,8 +385,10 @@ class Workers(SingleWorker):
       return None
     # Closing the session may wait for its peers again.
     self._watchdog.expect(LEAVE_SECS, 'The session did not close', None)
-    return ClusterError(f'{self} lost the others ({type(error).__name__}). {self.absent()}'
-                        f'{RESTART_ADVICE}')
+    absent = self.absent()
+    verdict = 'lost the others' if absent or isinstance(error, LOST_PEER_ERRORS) else 'failed'
+    return ClusterError(f'{self} {verdict} ({type(error).__name__}: {_first_line(error)}). '
+                        f'{absent}{RESTART_ADVICE}')
 
   def leave(self):
     # The others' sessions would hang if this server ended first.

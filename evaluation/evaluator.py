@@ -19,6 +19,7 @@ import tf_slim as slim
 import tqdm
 
 from common import checkpoints
+from common import errors
 from deployment import cluster
 from deployment import towers
 from records import flowers
@@ -118,7 +119,7 @@ class Evaluator:
   """Runs the network of checkpoints over every image of a split, in order.
 
   Several devices take turns with whole batches. The batches do not depend on the
-  number of devices, and so neither does a single bit of the result.
+  number of devices, and the result only by rounding.
   """
 
   def __init__(self, dataset, config, batch_size, devices=None, show_progress=False,
@@ -189,9 +190,8 @@ class Evaluator:
       saver, uses_averages = self._savers[key]
       saver.restore(self._session, checkpoint)
     except (tf.errors.OpError, ValueError) as error:
-      # The reason comes before the name of the failing operation.
-      reason = str(error).split('[[{{node')[0].strip().splitlines()[-1]
-      raise checkpoints.CheckpointError(f'{checkpoint} cannot be restored: {reason}') from error
+      raise checkpoints.CheckpointError(
+          f'{checkpoint} cannot be restored: {errors.reason(error)}') from error
     return uses_averages
 
   def _predict(self, batches):

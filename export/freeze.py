@@ -15,6 +15,7 @@ import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
 from common import checkpoints
+from common import errors
 from common import files
 from export import comparison
 from export import folding
@@ -73,9 +74,8 @@ def freeze(checkpoint, config, use_averages='auto'):
       saver, is_averaged = checkpoints.inference_saver(checkpoint, use_averages)
       saver.restore(session, checkpoint)
     except (tf.errors.OpError, ValueError) as error:
-      # The reason comes before the name of the failing operation.
-      reason = str(error).split('[[{{node')[0].strip().splitlines()[-1]
-      raise checkpoints.CheckpointError(f'{checkpoint} cannot be restored: {reason}') from error
+      raise checkpoints.CheckpointError(
+          f'{checkpoint} cannot be restored: {errors.reason(error)}') from error
     graph_def = tf.graph_util.convert_variables_to_constants(
         session, session.graph.as_graph_def(), [models.OUTPUT_NODE])
   return graph_def, lambda batch: session.run(output, {images: batch}), is_averaged
@@ -199,7 +199,8 @@ def find_metrics(checkpoint, is_averaged, image_size):
   folder = os.path.dirname(checkpoint)
   identity = {'checkpoint_sha256': checkpoints.sha256(checkpoint),
               'uses_averages': is_averaged, 'image_size': image_size}
-  for path in (os.path.join(folder, 'eval', 'metrics.json'),
+  for path in (os.path.join(folder, 'metrics.json'),
+               os.path.join(folder, 'eval', 'metrics.json'),
                os.path.join(os.path.dirname(folder), 'eval', 'metrics.json')):
     try:
       with open(path, encoding='utf-8') as f:

@@ -30,6 +30,7 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
+from common import errors
 from records import tfrecords
 import xception_preprocessing
 
@@ -545,9 +546,8 @@ class RecordReader:
     try:
       image, label = self._session.run(self._fetches, {self._record: record})
     except tf.errors.OpError as error:
-      # The reason comes before the name of the operation that failed.
-      message = error.message.split('[[{{node')[0].strip().splitlines()[-1]
-      raise tfrecords.RecordError(self._describe_label(record) or message) from error
+      raise tfrecords.RecordError(
+          self._describe_label(record) or errors.reason(error)) from error
     if not 0 <= label < self._dataset.num_classes:
       raise tfrecords.RecordError(f'its label is {label}, but labels.txt has the ids 0 to '
                                   f'{self._dataset.num_classes - 1}')

@@ -104,7 +104,8 @@ class EvaluationHook(tf.train.SessionRunHook):
     ]), step)
     self._writer.flush()
     return {**metrics.to_dict(computed, self._config.class_names), 'global_step': step,
-            'uses_averages': evaluation.uses_averages}
+            'uses_averages': evaluation.uses_averages, 'image_size': self._config.image_size,
+            'checkpoint_sha256': checkpoints.sha256(checkpoint)}
 
   def _keep(self, session, found):
     if self._best is None and os.path.isdir(self._best_dir):

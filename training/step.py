@@ -37,6 +37,7 @@ TrainStep = collections.namedtuple('TrainStep', [
     'scalar_summaries',  # string []
     'image_summaries',  # string []
     'histogram_summaries',  # string [], of weights and gradients
+    'tower_batch_size',  # int, images that a tower processes at a time
 ])
 
 
@@ -132,7 +133,8 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
              'losses/regularization': regularization, 'accuracy': accuracy,
              'learning_rate': learning_rate, 'gradient_norm': gradient_norm}
   return TrainStep(train_op, step_after, loss, accuracy, positions, finite_check.op,
-                   *_build_summaries(scalars, images, gradients))
+                   *_build_summaries(scalars, images, gradients),
+                   images.shape.as_list()[0] // len(devices) // accumulate_steps)
 
 
 def _split_batch(batch, devices, prefetch):
@@ -261,16 +263,16 @@ def run_training(train_step, hooks, plan, session_config, scaffold, workers):
                 f'No gradient was finite in {num_skipped} attempts at step {reached + 1}, each '
                 'with half the loss scale. Use --precision float32, or a smaller --learning_rate')
     except tf.errors.OpError as error:
-      if explained := _explain(error, train_step, plan.log_dir, reached, workers):
+      if explained := _explain(error, train_step, plan, reached, workers):
         raise explained from error
       raise
   return reached, stop_on_signal.received or workers.stopped_by
 
 
-def _explain(error, train_step, log_dir, reached, workers):
+def _explain(error, train_step, plan, reached, workers):
   """Returns the exception that explains a session's failure to the user, or None."""
   if error.op is train_step.finite_check:
-    in_log_dir = f' in {log_dir}' if workers.is_chief else ''
+    in_log_dir = f' in {plan.log_dir}' if workers.is_chief else ''
     return TrainingError(
         f'The loss or a gradient is not finite at step {reached + 1}. The weights were '
         f'not updated with it; the last checkpoint{in_log_dir} is good. A smaller '
@@ -278,11 +280,13 @@ def _explain(error, train_step, log_dir, reached, workers):
   if flowers.NO_GOOD_RECORD in error.message:
     return TrainingError(flowers.NO_GOOD_RECORD)
   # Files that are written from Python, like `checkpoint` and events, have no op.
-  if error.op.type in SAVE_OPS if error.op else log_dir in error.message:
+  if error.op.type in SAVE_OPS if error.op else plan.log_dir in error.message:
     return TrainingError(
-        f'Cannot save in {log_dir}: {error.message.splitlines()[0]}. The previous '
+        f'Cannot save in {plan.log_dir}: {error.message.splitlines()[0]}. The previous '
         'checkpoint is intact: make room, then resume with the same command')
   if error.op and error.op.type == 'RestoreV2':
-    return TrainingError(f'Cannot restore the newest checkpoint of {log_dir}: '
+    return TrainingError(f'Cannot restore the newest checkpoint of {plan.log_dir}: '
                          f'{error.message.splitlines()[0]}')
+  if reason := towers.explain_out_of_memory(error, plan.devices, train_step.tower_batch_size):
+    return TrainingError(reason)
   return workers.explain(error)

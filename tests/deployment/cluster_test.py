@@ -280,7 +280,7 @@ class TogetherTest(ClusterTestCase):
     self.wait_for_step('killed', 6, processes)
     processes[1].kill()
     lines, seconds = self.finish('killed', processes, [1, -signal.SIGKILL])
-    self.assertRegex(lines[0], r'Worker 0 of 2, .* lost the others \(\w+\). No answer from '
+    self.assertRegex(lines[0], r'Worker 0 of 2, .* lost the others \(\w+: .*\)\. No answer from '
                      r'worker 1 \(.*\). Restart all workers with the same commands')
     self.assertLess(seconds[0], STEP_TIMEOUT_SECS)
     self.assertNoTraceback('killed', 1)

@@ -114,8 +114,9 @@ class ProgressTest(tf.test.TestCase):
 class ExplainTest(tf.test.TestCase):
 
   def explain(self, error):
-    step = types.SimpleNamespace(finite_check='check')
-    return training_step._explain(error, step, '/log', 7, cluster.SingleWorker())
+    step = types.SimpleNamespace(finite_check='check', tower_batch_size=64)
+    plan = types.SimpleNamespace(log_dir='/log', devices=['/gpu:0', '/gpu:1'])
+    return training_step._explain(error, step, plan, 7, cluster.SingleWorker())
 
   def test_only_errors_of_files_in_the_log_folder_are_errors_of_saving(self):
     error = tf.errors.ResourceExhaustedError(None, None, '/log/checkpoint.tmp; No space left')
@@ -125,6 +126,11 @@ class ExplainTest(tf.test.TestCase):
     save_op = types.SimpleNamespace(type='SaveV2')
     self.assertIn('Cannot save in /log: full',
                   str(self.explain(tf.errors.ResourceExhaustedError(None, save_op, 'full'))))
+
+  def test_a_gpu_without_enough_memory_is_named(self):
+    op = types.SimpleNamespace(type='Conv2D', device='/device:GPU:1')
+    self.assertIn('tower 1 (/gpu:1) cannot process 64 images at a time',
+                  str(self.explain(tf.errors.ResourceExhaustedError(None, op, 'OOM'))))
 
 
 if __name__ == '__main__':
