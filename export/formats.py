@@ -154,6 +154,8 @@ def _write_saved_model(graph_def, path, settings):
   def serve_encoded(encoded):
     return module.serve(_decode_and_preprocess(encoded, shape[1]))
 
+  # The eager context has no session's configuration.
+  os.environ.setdefault('TF_FORCE_GPU_ALLOW_GROWTH', 'true')
   with context.eager_mode():
     module = tf2.Module()
     module.serve = tf2.function(serve, autograph=False, input_signature=[
@@ -223,8 +225,11 @@ def _import(graph_def, images):
 def _tflite_writer(optimizations=(), supported_types=(), is_calibrated=False):
   """Returns a function that writes TFLite with these settings of the converter."""
   def write(graph_def, path, settings):
-    with tf.Graph().as_default(), \
-         tf.Session(config=runtimes.session_config(use_gpu=False)) as session:
+    if is_calibrated:
+      graph_def = quantization.equalize(graph_def, settings.calibration_images,
+                                        settings.batch_size)
+    with tf.Graph().as_default(), tf.Session(
+        config=runtimes.session_config(use_gpu=False)) as session:
       images, output = tf.import_graph_def(graph_def, return_elements=[
           f'{runtimes.INPUT_NODE}:0', f'{runtimes.OUTPUT_NODE}:0'], name='')
       converter = tf.lite.TFLiteConverter.from_session(session, [images], [output])
@@ -263,7 +268,8 @@ def _write_onnx_int8(graph_def, path, settings):
   images = settings.calibration_images
   with tempfile.TemporaryDirectory() as folder:
     float_path = os.path.join(folder, 'model.onnx')
-    _write_onnx(graph_def, float_path, settings)
+    _write_onnx(quantization.equalize(graph_def, images, settings.batch_size), float_path,
+                settings)
     quantization.quantize_onnx(
         float_path, path, images.transpose(0, 3, 1, 2) if settings.nchw else images,
         settings.batch_size)

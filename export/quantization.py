@@ -20,7 +20,10 @@ from export import runtimes
 from records import flowers
 
 CALIBRATION_IMAGES = 200
-BATCH_SIZE = 8  # of ONNX Runtime, if the model takes any
+BATCH_SIZE = 8  # of calibration, if the model takes any
+
+# How far equalisation evens out activations (1) or else weights (0).
+EQUALIZATION = 0.75
 
 
 def read_calibration_images(class_names, image_size, num_images, dataset_dir, **dataset_options):
@@ -84,6 +87,55 @@ def _batches(images, batch_size):
   """Yields all images in batches of one size; the last batch is filled up from the start."""
   for first in range(0, len(images), batch_size):
     yield images.take(range(first, first + batch_size), axis=0, mode='wrap')
+
+
+def equalize(graph_def, images, batch_size=None):
+  """Evens out the ranges of the channels between depthwise and pointwise convolutions.
+
+  Nothing comes between the two, so a channel's factor can move from one kernel to
+  the other and leave the network as it is. Without this, the channels with the
+  widest range take most of the 256 levels that all channels of a tensor share.
+
+  Args:
+    graph_def: tf.GraphDef from `folding.fold`; it is not changed.
+    images: from `read_calibration_images`.
+    batch_size: the graph's; None is any.
+
+  Returns:
+    A tf.GraphDef that computes the same up to float rounding.
+  """
+  graph_def = tf.GraphDef.FromString(graph_def.SerializeToString())
+  nodes = {node.name: node for node in graph_def.node}
+  pairs = [(nodes[node.input[0]], node) for node in graph_def.node if node.op == 'Conv2D'
+           and nodes[node.input[0]].op == 'DepthwiseConv2dNative'
+           and all(nodes[layer.input[1]].op == 'Const'
+                   for layer in (nodes[node.input[0]], node))]
+  ranges = _channel_ranges(graph_def, [depthwise.name for depthwise, _ in pairs], images,
+                           batch_size or BATCH_SIZE)
+  for (depthwise, pointwise), activations in zip(pairs, ranges):
+    tensors = [nodes[layer.input[1]].attr['value'].tensor for layer in (depthwise, pointwise)]
+    kernels = [tf.make_ndarray(tensor) for tensor in tensors]
+    weights = np.abs(kernels[1]).max((0, 1, 3))
+    # A channel without a signal keeps its scale.
+    ratio = np.where((activations > 0) & (weights > 0), activations**EQUALIZATION
+                     / np.maximum(weights, np.finfo(np.float32).tiny)**(1 - EQUALIZATION), 1.0)
+    scale = np.clip(ratio / np.median(ratio), 1e-3, 1e3)
+    for tensor, kernel in zip(tensors, (kernels[0] / scale[:, np.newaxis],
+                                        kernels[1] * scale[:, np.newaxis])):
+      tensor.CopyFrom(tf.make_tensor_proto(kernel.astype(np.float32)))
+  return graph_def
+
+
+def _channel_ranges(graph_def, names, images, batch_size):
+  """Returns the largest absolute value of every channel, a float64 array for each named node."""
+  with tf.Graph().as_default(), tf.Session(
+      config=runtimes.session_config(use_gpu=False)) as session:
+    tensors = tf.import_graph_def(graph_def, return_elements=[f'{name}:0' for name in names],
+                                  name='')
+    maxima = [tf.reduce_max(tf.abs(tensor), [0, 1, 2]) for tensor in tensors]
+    found = [session.run(maxima, {f'{runtimes.INPUT_NODE}:0': batch})
+             for batch in _batches(images, batch_size)]
+  return [np.max(values, axis=0).astype(np.float64) for values in zip(*found)]
 
 
 def configure_tflite(converter, images, batch_size):

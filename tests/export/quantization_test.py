@@ -12,7 +12,10 @@ from unittest import mock
 import numpy as np
 import tensorflow.compat.v1 as tf
 
+from common import checkpoints
 from export import comparison
+from export import folding
+from export import freeze
 from export import models
 from export import quantization
 from export import runtimes
@@ -113,6 +116,32 @@ class ComparisonTest(tf.test.TestCase):
                 images._replace(class_names=None)):
       with self.assertRaisesRegex(comparison.ComparisonError, 'takes 100 validation images'):
         comparison.require_labels(few, CLASS_NAMES)
+
+
+class EqualizeTest(tf.test.TestCase):
+
+  def test_it_computes_the_same_with_more_even_channels(self):
+    with tempfile.TemporaryDirectory() as folder:
+      checkpoint = small_model.write_checkpoint(folder)
+      graph_def, predict, _ = freeze.freeze(checkpoint, checkpoints.load_config(checkpoint))
+    graph_def = folding.fold(graph_def, 'output')
+    images = small_model.validation_images()[0][:16]
+    equalized = quantization.equalize(graph_def, images)
+
+    def run(graph_def):
+      with tf.Graph().as_default() as graph, tf.Session() as session:
+        tf.import_graph_def(graph_def, name='')
+        layers = [f'{node.name}:0' for node in graph_def.node
+                  if node.op == 'DepthwiseConv2dNative']
+        self.assertLen(layers, 34)
+        output, activations = session.run([graph.get_tensor_by_name('output:0'), layers],
+                                          {'input:0': images})
+      ranges = [np.abs(values).max((0, 1, 2)) for values in activations]
+      return output, np.mean([np.median(values) / values.max() for values in ranges])
+
+    output, evenness = run(equalized)
+    self.assertAllClose(output, predict(images), rtol=0, atol=1e-5)
+    self.assertGreater(evenness, 1.1 * run(graph_def)[1])
 
 
 class WriteTest(DatasetTestCase):
