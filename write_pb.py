@@ -130,6 +130,8 @@ if __name__ == '__main__':
   tf.disable_v2_behavior()
   tf.enable_resource_variables()
   arguments.escape_unprintable_output()
+  # GPUs may compute float32 in TF32, with which the comparison would exceed its bounds.
+  os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
   try:
     main(parse_args())
   except (checkpoints.CheckpointError, flowers.DatasetError, models.ModelError,
