@@ -99,6 +99,8 @@ def measure(args):
     return {**input_pipeline.measure(args.batch_size, args.image_size, args.steps),
             'import_seconds': IMPORT_SECONDS}
   devices = towers.tower_devices(args.num_clones, args.clone_on_cpu)
+  if args.mode == 'inference':
+    devices = devices[:1]
   precision.check(args.precision, args.xla, devices)
   if args.batch_size % len(devices):
     raise towers.DeviceError(f'--batch_size {args.batch_size} is the sum over all towers and must '

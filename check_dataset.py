@@ -29,7 +29,7 @@ from evaluation import pictures
 from records import flowers
 from records import tfrecords
 
-READ_WINDOW = 256  # records in memory at a time
+READ_WINDOW = 2 * (os.cpu_count() or 1)  # records in memory at a time
 MAX_LISTED = 20  # bad records and duplicates in the tables; --json has all of them
 MAX_CLASS_ROWS = 50  # classes in the table; of more, the MAX_LISTED smallest are printed
 

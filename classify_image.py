@@ -4,9 +4,10 @@
   python classify_image.py --graph frozen_model_xception.tflite --json a.jpg
 
 Prints the most probable classes of every image. The model is a .pb, a SavedModel
-folder, a .tflite or an .onnx file with labels.txt beside it. Images are
-preprocessed exactly as in evaluation. Files that are not images are reported on
-standard error, the others are classified, and the exit code is 1.
+folder, a .tflite or an .onnx file with labels.txt beside it. Images are converted
+as create_tfrecords.py does and then preprocessed as in evaluation. Files that are not
+images are reported on standard error, the others are classified, and the exit code
+is 1.
 
 A .pb is a program: load only files that you or someone you trust made.
 """
@@ -34,9 +35,6 @@ from export import models
 from records import image_files
 
 STANDARD_INPUT = '-'
-# Files to look for in a folder; a file given by name may have any suffix.
-SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.gif', '.bmp', '.webp', '.avif', '.tif',
-            '.tiff', '.ppm')
 MAX_FILE_BYTES = 256 * 2**20
 NUM_THREADS = 2  # for decoding
 
@@ -83,7 +81,7 @@ def _images_below(folder):
     visited.add((status.st_dev, status.st_ino))
     folders.sort()
     paths = [os.path.join(parent, name) for name in sorted(names)
-             if name.lower().endswith(SUFFIXES) and not name.startswith('.')]
+             if name.lower().endswith(image_files.SUFFIXES) and not name.startswith('.')]
     # A broken link is reported; a pipe would block.
     files.extend(path for path in paths if os.path.isfile(path) or not os.path.exists(path))
   return files

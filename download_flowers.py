@@ -14,6 +14,7 @@ import http.client
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import time
@@ -98,7 +99,7 @@ def fetch(urls, path, sha256, size=None):
       raise DownloadError(
           f'The {found_size} bytes from {url} have the checksum {found}, not {sha256}, and were '
           'deleted. Run the script again, or use another --url, or the --sha256 of that archive')
-    print(f'{part} was not the beginning of this file: downloading it anew', file=sys.stderr)
+    print(f'{part} does not belong to this file: downloading it again', file=sys.stderr)
 
 
 def fetch_from_any(urls, part, size):
@@ -275,6 +276,8 @@ def main(args):
       fetch([args.url] if args.url else URLS, archive, args.sha256,
             SIZE if args.sha256 == SHA256 else None)
     unpack(archive, photos)
+  elif args.url or args.sha256 != SHA256:
+    print(f'Warning: {photos} exists and is used instead of --url', file=sys.stderr)
   try:
     creation.create_dataset(
         photos, args.dataset_dir, validation_fraction=args.validation_fraction,
@@ -290,6 +293,7 @@ def main(args):
 
 if __name__ == '__main__':
   arguments.escape_unprintable_output()
+  signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves nothing unfinished
   try:
     main(parse_args())
   except (DownloadError, flowers.DatasetError, OSError) as error:

@@ -29,6 +29,7 @@ import tensorflow.compat.v1 as tf
 
 from common import arguments
 from common import checkpoints
+from common import errors
 from deployment import towers
 from evaluation import metrics
 from evaluation import report
@@ -209,5 +210,7 @@ if __name__ == '__main__':
   except (flowers.DatasetError, checkpoints.CheckpointError, towers.DeviceError,
           models.ModelError, OSError) as error:
     sys.exit(f'eval_flowers.py: {error}')
+  except tf.errors.ResourceExhaustedError as error:
+    sys.exit(f'eval_flowers.py: out of memory ({errors.reason(error)}): use a smaller --batch_size')
   except KeyboardInterrupt:
     sys.exit('eval_flowers.py: interrupted')

@@ -7,7 +7,7 @@ modules that TensorFlow has since split. `MOVED_NAMES` tells which name moved
 where; each one that is missing is set back to the very object that replaced
 it, so nothing changes on a TensorFlow that still has it.
 
-One thing the bridge cannot mend: `slim.batch_norm` with its default
+The bridge does not cover one case: `slim.batch_norm` with its default
 `updates_collections` needs the removed tf.layers. Give it a list,
 `updates_collections=[tf.GraphKeys.UPDATE_OPS]`, and it takes slim's own fused
 path with the same names and numbers; `xception_arg_scope` does.
@@ -32,7 +32,7 @@ import warnings
 # Lines that TensorFlow 2.21 writes to file descriptor 2 at every start, whatever
 # TF_CPP_MIN_LOG_LEVEL is; regular expressions that match from the beginning of a line.
 KNOWN_LINES = (
-    # oneDNN is on by default, and asks for nothing.
+    # Informational only: oneDNN is on by default.
     r'I\d{4} .* port\.cc:\d+\] oneDNN custom operations are on\.',
 )
 # Without an NVIDIA driver these only say that there is no GPU; with one, they say what is wrong.
@@ -67,7 +67,8 @@ def drop_known_lines():
   TF_CPP_MIN_LOG_LEVEL=0 shows everything.
   """
   stderr = reader = None
-  if os.environ['TF_CPP_MIN_LOG_LEVEL'] != '0':
+  # In a program made by PyInstaller, sys.executable is that program and not Python.
+  if os.environ['TF_CPP_MIN_LOG_LEVEL'] != '0' and not getattr(sys, 'frozen', False):
     with contextlib.suppress(OSError):  # stderr is closed, or no process can be started
       stderr = os.dup(2)
       patterns = KNOWN_LINES + (() if has_nvidia_driver() else KNOWN_LINES_WITHOUT_DRIVER)
@@ -81,7 +82,8 @@ def drop_known_lines():
     if reader is not None:
       os.dup2(stderr, 2)
       reader.stdin.close()
-      reader.wait()
+      with contextlib.suppress(subprocess.TimeoutExpired):  # a child may hold the pipe open
+        reader.wait(5)
     if stderr is not None:
       os.close(stderr)
 

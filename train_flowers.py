@@ -119,7 +119,7 @@ def build_hooks(plan, args, train_step, scaffold, workers):
     hooks['evaluation'] = evaluation_hook.EvaluationHook(
         evaluator.Evaluator(
             plan.validation, plan.config,
-            args.batch_size // (workers.size * len(plan.devices)), plan.devices, workers=workers),
+            train_step.tower_batch_size, plan.devices, workers=workers),
         train_step.global_step, scaffold.saver, plan.log_dir, plan.config,
         max(1, round(args.eval_every_epochs * plan.steps_per_epoch)), plan.max_steps, best,
         args.early_stop_patience)
@@ -169,7 +169,7 @@ def train(plan, args, recipe, session_config, workers):
   training_plan.show(plan, args, recipe, workers)
   if plan.start_step >= plan.max_steps:
     print(f'{plan.log_dir} is already trained to step {plan.start_step}: '
-          'raise --num_epochs, or choose another --log_dir')
+          'raise --num_epochs or --max_number_of_steps, or choose another --log_dir')
     return
 
   train_step = build_graph(plan, args, recipe, workers)
@@ -187,6 +187,7 @@ def train(plan, args, recipe, session_config, workers):
   print(f'Saved step {reached} in {plan.log_dir}' if workers.is_chief else
         f'Stopped at step {reached}, which worker 0 saves')
   if hooks['bad_records'].too_many:
+    workers.leave()  # the others wait for this worker
     raise training_step.TrainingError(hooks['bad_records'].too_many)
   if args.eval_every_epochs and hooks['evaluation'].stopped_early:
     print(hooks['evaluation'].stopped_early)

@@ -88,6 +88,9 @@ def parse_args(argv=None):
                      help='writes the files without comparing them')
   arguments.add_dataset_options(group, dataset_dir=None)
   args = parser.parse_args(argv)
+  if not any(name.startswith('onnx') for name in args.formats) and (
+      args.nchw or args.opset != formats.ONNX_OPSET):
+    parser.error('--nchw and --opset apply to the ONNX formats: add one to --formats')
   if args.precision == 'bfloat16':
     wrong = [name for name in args.formats if not formats.FORMATS[name].has_bfloat16]
     if wrong or args.nofold:
@@ -106,6 +109,8 @@ def main(args):
   freeze.check_labels(config.class_names, os.path.join(folder, flowers.LABELS_FILE))
   dataset_options = arguments.dataset_options(args)
   images = comparison.find_images(config.image_size, **dataset_options) if args.verify else None
+  if images and images.class_names != config.class_names:
+    images = images._replace(labels=None)  # they say nothing about these classes
   calibration_images = None
   if any(formats.FORMATS[name].is_calibrated for name in args.formats):
     if args.verify:

@@ -128,7 +128,12 @@ def decode(encoded):
 
 
 def _decode_other(encoded):
-  image = tf.image.decode_image(encoded, channels=3, expand_animations=False)
+  # A WebP file decodes only to the channels that it has.
+  is_webp = tf.strings.regex_full_match(tf.strings.substr(encoded, 0, 12), r'RIFF\C{4}WEBP')
+  image = tf.cond(
+      is_webp,
+      lambda: tf.image.decode_image(encoded, channels=0, expand_animations=False)[..., :3],
+      lambda: tf.image.decode_image(encoded, channels=3, expand_animations=False))
   return tf.ensure_shape(image, [None, None, 3])
 
 

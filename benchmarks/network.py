@@ -157,7 +157,9 @@ def frozen_graph(image_size, depth_multiplier=1.0):
     images = tf.placeholder(tf.float32, [None, image_size, image_size, 3], name='input')
     with slim.arg_scope(xception.xception_arg_scope()):
       _, end_points = xception.xception(images, NUM_CLASSES, is_training=False,
-                                        depth_multiplier=depth_multiplier)
+                                        depth_multiplier=depth_multiplier,
+                                        prediction_fn=lambda logits, scope: tf.nn.softmax(
+                                            logits, name=scope))  # as export.freeze does
     tf.identity(end_points['Predictions'], name='output')
     session.run(tf.global_variables_initializer())
     for variable in slim.get_model_variables():

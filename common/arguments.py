@@ -114,5 +114,5 @@ class ArgumentParser(argparse.ArgumentParser):
     try:
       return shlex.split(arg_line, comments=True)
     except ValueError as error:
-      self.error(f'the line {arg_line!r} of an @FILE has {str(error).lower()}: put a text with an '
-                 "apostrophe between double quotes")
+      self.error(f'the line {arg_line!r} of an @FILE has {str(error).lower()}: put double '
+                 'quotes around text that contains an apostrophe')

@@ -99,8 +99,8 @@ def list_checkpoints(folder):
   checkpoint that is not complete, it is that of their steps. Only the names in that file
   count, so a folder can be moved.
   """
+  ordered = _read_state(folder)  # first, because training may save between the two
   complete = _complete_names(folder)
-  ordered = _read_state(folder)
   if not ordered or ordered[-1] not in complete:
     def step_and_time(name):
       step = re.search(r'-(\d+)$', name)
@@ -115,8 +115,8 @@ def find_newest(folder):
   Raises:
     CheckpointError: it holds files of checkpoints, but no complete checkpoint.
   """
-  found = list_checkpoints(folder)
   named = _read_state(folder)
+  found = list_checkpoints(folder)
   if found and named and os.path.basename(found[-1]) != named[-1]:
     print(f'Warning: {named[-1]}, the newest checkpoint of {folder}, is incomplete: '
           f'using {found[-1]}', file=sys.stderr)

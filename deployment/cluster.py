@@ -86,7 +86,7 @@ def find_workers():
     size = multi_worker_util.worker_count(spec, task_type)
     index = multi_worker_util.id_in_cluster(spec, task_type, task_id)
   except (ValueError, TypeError, KeyError, AttributeError) as error:
-    raise ClusterError(f'TF_CONFIG cannot be understood ({error}): expected JSON like {example}, '
+    raise ClusterError(f'TF_CONFIG is invalid ({error}): expected JSON like {example}, '
                        f'got {os.environ["TF_CONFIG"]}') from error
   return SingleWorker() if size == 1 else Workers(spec, task_type, task_id, size, index)
 

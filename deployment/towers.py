@@ -293,7 +293,6 @@ def average_gradients(tower_gradients):
 
   Returns:
     List of (mean gradient, variable) pairs.
-
   """
   if len(tower_gradients) == 1:
     return tower_gradients[0]

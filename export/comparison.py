@@ -95,8 +95,8 @@ def require_labels(images, class_names):
   """
   if images.class_names != class_names or len(images.encoded) < MAX_IMAGES:
     raise ComparisonError(
-        f'8-bit formats lose accuracy, which takes {MAX_IMAGES} validation images of the '
-        f'checkpoint\'s classes to measure, got {images.description}: give a --dataset_dir, or '
+        f'8-bit formats lose accuracy, and measuring that needs {MAX_IMAGES} validation images '
+        f'of the checkpoint\'s classes, got {images.description}: give a --dataset_dir, or '
         '--noverify to write them unmeasured')
 
 
@@ -220,7 +220,8 @@ def verify(paths, images, predict, precision, max_accuracy_loss=MAX_ACCURACY_LOS
     if fault:
       faults.append(f'{name} ({fault})')
     elif bound is None:
-      print(f'{name} loses {comparison.accuracy_loss:.1%} of the checkpoint\'s accuracy')
+      print(f'{name}: accuracy {-100 * comparison.accuracy_loss:+.1f} points against the '
+            'checkpoint')
     comparisons[name] = comparison
   if faults:
     raise ComparisonError('Nothing was written, because these formats differ too much from the '

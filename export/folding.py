@@ -31,8 +31,8 @@ def fold(graph_def, output_name):
 
   Returns:
     A tf.GraphDef that computes the same up to float rounding. It has only the
-    nodes that the output depends on, each after its inputs. Apart from kernels,
-    a node of the old graph that is still there has the same value.
+    nodes that the output depends on, each after its inputs. A node that is still
+    there has the same value, except convolutions whose norms were folded.
 
   Raises:
     ValueError: the graph has no such node, or a control input.

@@ -206,7 +206,9 @@ def decode_on_white(encoded):
     return tf.cast((color * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
 
   is_png = tf.equal(tf.strings.substr(encoded, 1, 3), 'PNG')
-  return tf.cond(is_png, blend, lambda: xception_preprocessing.decode(encoded))
+  with tf.control_dependencies([tf.debugging.Assert(
+      is_png | tf.image.is_jpeg(encoded), ['expected a JPEG or PNG file'])]):
+    return tf.cond(is_png, blend, lambda: xception_preprocessing.decode(encoded))
 
 
 def _input_shape(graph_def):

@@ -31,8 +31,6 @@ import xception_preprocessing
 ORIGIN_KEYS = ('image_size', 'depth_multiplier', 'checkpoint', 'global_step', 'averaged_weights',
                'folded', 'precision', 'versions')
 
-SAVED_MODEL_FILE = 'saved_model.pb'  # in the folder of a SavedModel
-
 
 class FreezeError(Exception):
   """The files cannot be written to the requested place."""
@@ -89,7 +87,7 @@ def plan_files(format_names, output_file):
       has a file's name.
   """
   if os.path.splitext(output_file)[1] != '.pb' or (
-      os.path.basename(output_file) == SAVED_MODEL_FILE):
+      os.path.basename(output_file) == models.SAVED_MODEL_FILE):
     raise FreezeError(
         f'--output_file must be the name of a .pb file like frozen_model_xception.pb, got '
         f'{output_file!r}; --formats adds other formats beside it')
@@ -103,13 +101,13 @@ def plan_files(format_names, output_file):
     if name != 'saved_model' and os.path.isdir(path):
       raise FreezeError(f'{path} is a folder: choose another --output_file')
     if name == 'saved_model' and os.path.exists(path) and not (
-        os.path.isfile(os.path.join(path, SAVED_MODEL_FILE))):
+        os.path.isfile(os.path.join(path, models.SAVED_MODEL_FILE))):
       raise FreezeError(f'{path} exists and is not a SavedModel: choose another --output_file')
   return paths
 
 
 def check_labels(class_names, path):
-  """Raises an error if `path` is a labels.txt of other classes, or something else."""
+  """Raises an error if `path` is not a labels.txt of the same classes."""
   if os.path.lexists(path) and flowers.read_labels_file(path) != class_names:
     raise FreezeError(f'{path} names other classes than the checkpoint: '
                       'choose an --output_file in another folder')

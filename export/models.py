@@ -17,6 +17,7 @@ import slim_bridge  # noqa: F401, before TensorFlow: see there
 import numpy as np
 import tensorflow.compat.v1 as tf
 
+from common import errors
 from common import files
 from export import runtimes
 from records import flowers
@@ -168,7 +169,9 @@ def _description(path, content):
   common = {key: value for key, value in content.items() if key != 'files'}
   for entry in content['files']:
     if entry.get('file') in names:
-      return {**common, **entry}
+      is_same = all(entry.get(key, common.get(key)) == common.get(key) for key in
+                    ('checkpoint', 'global_step', 'averaged_weights', 'image_size'))
+      return {**common, **entry, **({} if is_same else {'metrics': None})}
   return common
 
 
@@ -228,7 +231,7 @@ def _runner(path, network, is_channels_first, num_classes):
       output = network.run(np.concatenate([part, padding]))
     except Exception as error:  # pylint: disable=broad-except
       # Each runtime has exceptions of its own.
-      raise ModelError(f'{path} does not run: {str(error).strip().splitlines()[0]}') from error
+      raise ModelError(f'{path} does not run: {errors.reason(error)}') from error
     return output[:len(part)]
 
   def run(batch):

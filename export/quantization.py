@@ -97,7 +97,7 @@ def equalize(graph_def, images, batch_size=None):
   widest range take most of the 256 levels that all channels of a tensor share.
 
   Args:
-    graph_def: tf.GraphDef from `folding.fold`; it is not changed.
+    graph_def: frozen tf.GraphDef, folded or not; it is not changed.
     images: from `read_calibration_images`.
     batch_size: the graph's; None is any.
 
@@ -106,20 +106,28 @@ def equalize(graph_def, images, batch_size=None):
   """
   graph_def = tf.GraphDef.FromString(graph_def.SerializeToString())
   nodes = {node.name: node for node in graph_def.node}
+
+  def kernel_of(layer):
+    node = nodes[layer.input[1]]
+    while node.op == 'Identity':  # in graphs whose batch norms are not folded
+      node = nodes[node.input[0]]
+    return node
+
   pairs = [(nodes[node.input[0]], node) for node in graph_def.node if node.op == 'Conv2D'
            and nodes[node.input[0]].op == 'DepthwiseConv2dNative'
-           and all(nodes[layer.input[1]].op == 'Const'
-                   for layer in (nodes[node.input[0]], node))]
+           and kernel_of(nodes[node.input[0]]).op == kernel_of(node).op == 'Const']
   ranges = _channel_ranges(graph_def, [depthwise.name for depthwise, _ in pairs], images,
                            batch_size or BATCH_SIZE)
   for (depthwise, pointwise), activations in zip(pairs, ranges):
-    tensors = [nodes[layer.input[1]].attr['value'].tensor for layer in (depthwise, pointwise)]
+    tensors = [kernel_of(layer).attr['value'].tensor for layer in (depthwise, pointwise)]
     kernels = [tf.make_ndarray(tensor) for tensor in tensors]
     weights = np.abs(kernels[1]).max((0, 1, 3))
-    # A channel without a signal keeps its scale.
-    ratio = np.where((activations > 0) & (weights > 0), activations**EQUALIZATION
-                     / np.maximum(weights, np.finfo(np.float32).tiny)**(1 - EQUALIZATION), 1.0)
-    scale = np.clip(ratio / np.median(ratio), 1e-3, 1e3)
+    scale = np.ones_like(activations)
+    has_signal = (activations > 0) & (weights > 0)  # other channels keep their scale
+    if has_signal.any():
+      ratio = (activations[has_signal]**EQUALIZATION
+               / weights[has_signal]**(1 - EQUALIZATION))
+      scale[has_signal] = np.clip(ratio / np.median(ratio), 1e-3, 1e3)
     for tensor, kernel in zip(tensors, (kernels[0] / scale[:, np.newaxis],
                                         kernels[1] * scale[:, np.newaxis])):
       tensor.CopyFrom(tf.make_tensor_proto(kernel.astype(np.float32)))
@@ -176,7 +184,7 @@ def quantize_onnx(float_path, path, images, batch_size=None):
 
 
 def describe(path):
-  """Returns how the input and the output of a quantised model are, for model.json.
+  """Returns the dtype, scale and zero point of a quantised model's input and output.
 
   Args:
     path: .tflite or .onnx file.

@@ -70,7 +70,8 @@ def create_dataset(image_dir, dataset_dir, dataset_name=flowers.DATASET_NAME,
       replaced; nothing was written.
   """
   if os.sep in dataset_name or not flowers.is_class_name(dataset_name):
-    raise flowers.DatasetError(f'--dataset_name {dataset_name!r} cannot begin a file name')
+    raise flowers.DatasetError(
+        f'--dataset_name {dataset_name!r} cannot be used as a file name prefix')
   splits = find_splits(image_dir, dataset_dir)
   if validation_fraction is not None and None not in splits:
     raise flowers.DatasetError(f'{image_dir} is split into {", ".join(splits)} already: leave out '
@@ -179,8 +180,8 @@ def check_target(dataset_dir, dataset_name, class_names, overwrite):
   if (os.path.exists(labels_file) and (others or not overwrite)
       and flowers.read_labels(dataset_dir) != class_names):
     if others:
-      raise flowers.DatasetError(f'{labels_file} has other classes and belongs to {others[0]} too: '
-                                 'choose another --dataset_dir')
+      raise flowers.DatasetError(f'{labels_file} lists other classes and is also used by '
+                                 f'{others[0]}: choose another --dataset_dir')
     existing.append(labels_file)
   if existing and not overwrite:
     raise flowers.DatasetError(f'{existing[0]} exists: use --overwrite to replace the dataset, '
@@ -289,7 +290,7 @@ def split_items(items, class_names, validation_fraction, seed):
 def new_files(dataset_dir, find_old_files=tuple):
   """Yields a folder whose files move to dataset_dir at the end of the context.
 
-  After an error or an interrupt, nothing of them is left.
+  After an error or an interrupt, none of them remain.
 
   Args:
     dataset_dir: folder of the files; created if missing.
@@ -301,6 +302,9 @@ def new_files(dataset_dir, find_old_files=tuple):
     with tempfile.TemporaryDirectory(prefix='.new-', dir=dataset_dir) as folder:
       yield folder
       names = os.listdir(folder)
+      if flowers.LABELS_FILE in names:  # without it, no reader takes a mix of old and new shards
+        with contextlib.suppress(FileNotFoundError):
+          os.remove(os.path.join(dataset_dir, flowers.LABELS_FILE))
       for path in find_old_files():
         if os.path.basename(path) not in names:
           os.remove(path)  # readers would mix old shards with new ones
@@ -449,8 +453,9 @@ def _existing_files(dataset_dir, dataset_name):
 
 def _other_shards(dataset_dir, dataset_name):
   """Returns the TFRecord files in dataset_dir that belong to other datasets."""
-  return sorted(set(glob.glob(os.path.join(glob.escape(dataset_dir), '*.tfrecord*'))).difference(
-      _existing_files(dataset_dir, dataset_name)))
+  found = (path for pattern in ('*.tfrecord*', '*-of-[0-9]*') for path in glob.glob(
+      os.path.join(glob.escape(dataset_dir), pattern)))
+  return sorted(set(found).difference(_existing_files(dataset_dir, dataset_name)))
 
 
 def _printable(text):

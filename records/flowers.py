@@ -46,7 +46,7 @@ MAX_NAMED_BAD_RECORDS = 5  # bad records that are named; all are counted
 NUM_TRIED_RECORDS = 1000  # a split is refused if none of so many can be used
 LABEL_SCAN_SECS = 5  # time limit for reading labels when a split is opened
 END_OF_EPOCH = -1  # among the positions of images
-NO_GOOD_RECORD = 'Not one record of an epoch could be used: run check_dataset.py'
+NO_GOOD_RECORD = 'No usable record in an entire epoch: run check_dataset.py'
 ITEMS_TO_DESCRIPTIONS = {
     'image': 'A color image of varying size.',
     'label': 'The id of the class in labels.txt.',
@@ -198,6 +198,8 @@ def get_split(split_name, dataset_dir, file_pattern=None, reader=None, dataset_n
   """
   if split_name not in SPLITS:
     raise ValueError(f'Unknown split {split_name!r}: use one of {", ".join(SPLITS)}')
+  if file_pattern and '%s' not in file_pattern:
+    raise ValueError(f'file_pattern must contain %s in place of the split, got {file_pattern!r}')
   class_names = read_labels(dataset_dir, labels_offset)
   files = _find_shards(dataset_dir,
                        (file_pattern or name_pattern(dataset_name)).replace('%s', split_name))
@@ -243,7 +245,7 @@ def _find_shards(dataset_dir, pattern):
         '--dataset_dir, --dataset_name and --file_pattern')
   shards = collections.defaultdict(set)  # {(text before, text after): {(shard, number of shards)}}
   for path in paths:
-    if match := re.fullmatch(r'(.*?)(\d{5})-of-(\d{5})([^/]*)', path, re.DOTALL):
+    if match := re.fullmatch(r'(.*)(\d{5})-of-(\d{5})([^/]*)', path, re.DOTALL):
       shards[match[1], match[4]].add((int(match[2]), int(match[3])))
   for (head, tail), found in shards.items():
     num_shards = max(total for _, total in found)
@@ -281,10 +283,12 @@ def _check_labels_offset(dataset):
   shift = 1 if 0 not in seen and last + 1 in seen else -1 if last not in seen and -1 in seen else 0
   if shift and dataset.labels_offset + shift >= 0:
     offset = dataset.labels_offset
+    outside, absent = (last + 1, 0) if shift > 0 else (-1, last)
     raise DatasetError(
-        f'{dataset.data_sources[0]}: the labels range from {shift + offset} to '
-        f'{last + shift + offset}, but with --labels_offset {offset}, {LABELS_FILE} names '
-        f'{offset} to {last + offset}: use --labels_offset {offset + shift}')
+        f'{dataset.data_sources[0]}: no record has the label {absent + offset}, but some have '
+        f'{outside + offset}; with --labels_offset {offset}, {LABELS_FILE} names {offset} to '
+        f'{last + offset}. Use --labels_offset {offset + shift} or, if the other splits refuse '
+        f'that, remove the records labelled {outside + offset}')
 
 
 def load_batch(dataset, batch_size, height, width, is_training, seed=0, first_image=0,
@@ -363,7 +367,8 @@ def load_numbered_batch(dataset, batch_size, height, width, is_training, seed=0,
 
   with tf.device('/cpu:0'), tf.name_scope('load_batch'):
     if is_training:
-      indices = _endless_indices(-(-dataset.num_samples // num_workers))
+      # Of any 2 n consecutive positions, n are a whole epoch.
+      indices = _endless_indices(2 * dataset.num_samples)
     else:
       indices = tf.data.Dataset.range(worker, dataset.num_samples, num_workers)
     images = (indices

@@ -286,8 +286,8 @@ class CreateDatasetTest(tf.test.TestCase):
     self.write('cow/1.jpg', image_bytes(300))
     self.write('cow/2.jpg', image_bytes(301))
     for overwrite in (False, True):  # the other dataset needs it
-      self.assertRefused('labels.txt has other classes and belongs to .*other_train', num_shards=1,
-                         overwrite=overwrite)
+      self.assertRefused('labels.txt lists other classes and is also used by .*other_train',
+                         num_shards=1, overwrite=overwrite)
     for path in glob.glob(os.path.join(self.dataset_dir, 'other_*')):
       os.remove(path)
     self.create(num_shards=1, overwrite=True)
@@ -324,7 +324,7 @@ class CreateDatasetTest(tf.test.TestCase):
     self.assertContainsSubset(before.items(), self.digests().items())
     self.assertLen(os.listdir(self.dataset_dir), 6)
     for name in ('', 'a/b', 'a\n'):
-      self.assertRefused('cannot begin a file name', dataset_name=name)
+      self.assertRefused('cannot be used as a file name prefix', dataset_name=name)
 
   # Images that are split already.
 

@@ -485,7 +485,7 @@ class MistakeTest(ScriptTestCase):
   def test_batch_that_does_not_divide(self):
     self.assertEndsWithMessage(
         run(*TRAIN, '--log_dir', self.log_dir, '--num_clones', '3'),
-        '--batch_size 8 is the sum over all towers: it must be divisible by 3 towers')
+        '--batch_size 8 is the sum over all towers: it must be divisible by 3: 1 workers x 3 towers x')
 
   def test_more_gpus_than_there_are(self):
     self.assertEndsWithMessage(

@@ -145,7 +145,7 @@ def read_best(log_dir, config, start_step):
   try:
     return _read_metrics(best_dir, config, start_step)
   except (OSError, ValueError, KeyError, TypeError, checkpoints.CheckpointError) as error:
-    print(f'Warning: {best_dir} does not count and will be renamed: {error}', file=sys.stderr)
+    print(f'Warning: {best_dir} is ignored and will be renamed: {error}', file=sys.stderr)
     return None
 
 

@@ -15,6 +15,9 @@ import tqdm
 from common import files
 from records import flowers
 
+# `timeout` of the coreutils signals a process and then its group: one signal arrives twice.
+REPEAT_SECS = 0.1
+
 
 class ProgressHook(tf.train.SessionRunHook):
   """Shows loss, accuracy and images per second: a bar on a terminal, otherwise log lines.
@@ -256,10 +259,14 @@ class StopOnSignalHook(tf.train.SessionRunHook):
 
   def _receive(self):
     """Waits for signals in a thread, since the main one may be blocked in a step."""
+    first = 0.0
     while number := self._read_socket.recv(1):
       if self.received:
+        if time.monotonic() - first < REPEAT_SECS:
+          continue
         os._exit(128 + number[0])
+      first = time.monotonic()
       self.received = signal.Signals(number[0]).name
       print(f'\n{self.received}: finishing this step, then saving. '
-            'Once more ends at once, without saving.', file=sys.stderr, flush=True)
+            'A second signal exits immediately, without saving.', file=sys.stderr, flush=True)
     self._read_socket.close()

@@ -60,7 +60,7 @@ def _add_data_options(group):
                      help='height and width of the network\'s input in pixels, '
                      f'{xception.MIN_IMAGE_SIZE} or more')
   group.add_argument('--num_readers', type=arguments.positive_int, default=4,
-                     help='number of files read in parallel')
+                     help='groups of 32 records read in parallel')
   group.add_argument('--num_preprocessing_threads', type=arguments.num_threads,
                      default=tf.data.AUTOTUNE,
                      help='number of images preprocessed in parallel; '
@@ -80,7 +80,7 @@ def _add_optimization_options(group):
   group.add_argument('--num_epochs', type=arguments.positive_float, default=40.0,
                      help='number of passes over the training images')
   group.add_argument('--max_number_of_steps', type=arguments.positive_int,
-                     help='step to stop at, if it comes before the end of --num_epochs')
+                     help='stops at this step if --num_epochs would end later')
   _add_recipe_options(
       group, 'learning_rate', 'learning_rate_decay_type', 'learning_rate_decay_factor',
       'num_epochs_per_decay', 'num_samples_per_decay', 'staircase', 'end_learning_rate',
@@ -159,7 +159,8 @@ def _add_run_options(group):
                      help='folder of checkpoints and TensorBoard events')
   group.add_argument('--seed', type=arguments.non_negative_int,
                      help='seed of the initial weights, the order of the images and their '
-                     'distortions (default: drawn for a new --log_dir, kept for an old one)')
+                     'distortions (default: random for a new --log_dir; a resumed run keeps '
+                     'its seed)')
   group.add_argument('--log_every_n_steps', type=arguments.positive_int, default=10,
                      help='steps between two progress lines')
   group.add_argument('--save_summaries_secs', type=arguments.positive_float, default=10,

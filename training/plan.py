@@ -59,13 +59,13 @@ def find_inputs(args, num_workers):
   devices = towers.tower_devices(args.num_clones, args.clone_on_cpu)
   precision.check(args.precision, args.xla, devices)
   if args.batch_size % (num_workers * len(devices) * args.accumulate_steps):
-    of_workers = f' on each of {num_workers} workers' if num_workers > 1 else ''
     raise PlanError(
         f'--batch_size {args.batch_size} is the sum over all towers: it must be divisible by '
-        f'{len(devices)} towers of {args.accumulate_steps} parts (--accumulate_steps){of_workers}')
+        f'{num_workers * len(devices) * args.accumulate_steps}: {num_workers} workers x '
+        f'{len(devices)} towers x --accumulate_steps {args.accumulate_steps}')
   if validation and validation.num_samples < num_workers:
     raise PlanError(f'The validation split has {validation.num_samples} images, fewer than '
-                    f'{num_workers} workers: leave --eval_every_epochs out')
+                    f'{num_workers} workers: train without --eval_every_epochs')
   return dataset, validation, devices
 
 
@@ -153,6 +153,9 @@ def settings_to_share(plan, args, recipe):
       'the training split (images, hash of their sizes)': plan.dataset.records.fingerprint(),
       'the class names (hash)': cluster.text_hash('\n'.join(plan.config.class_names)),
       'towers': len(plan.devices),
+      'the validation split (images, hash of their sizes)':
+          plan.validation.records.fingerprint() if plan.validation else None,
+      'mirrored variables': towers.mirrors_variables(plan.devices, args.variable_update),
       **{f'--{name}': getattr(args, name) for name in SHARED_OPTIONS},
       **{f'--{name}': value for name, value in dataclasses.asdict(recipe).items()},
       'the variables (hash of their names and shapes)': cluster.variables_hash(),

@@ -6,6 +6,7 @@
 """
 
 import collections
+import os
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
 
@@ -280,7 +281,7 @@ def _explain(error, train_step, plan, reached, workers):
   if flowers.NO_GOOD_RECORD in error.message:
     return TrainingError(flowers.NO_GOOD_RECORD)
   # Files that are written from Python, like `checkpoint` and events, have no op.
-  if error.op.type in SAVE_OPS if error.op else plan.log_dir in error.message:
+  if error.op.type in SAVE_OPS if error.op else os.path.join(plan.log_dir, '') in error.message:
     return TrainingError(
         f'Cannot save in {plan.log_dir}: {error.message.splitlines()[0]}. The previous '
         'checkpoint is intact: make room, then resume with the same command')

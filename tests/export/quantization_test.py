@@ -114,7 +114,7 @@ class ComparisonTest(tf.test.TestCase):
     comparison.require_labels(images, CLASS_NAMES)
     for few in (images._replace(encoded=images.encoded[1:]),
                 images._replace(class_names=None)):
-      with self.assertRaisesRegex(comparison.ComparisonError, 'takes 100 validation images'):
+      with self.assertRaisesRegex(comparison.ComparisonError, 'needs 100 validation images'):
         comparison.require_labels(few, CLASS_NAMES)
 
 
@@ -166,7 +166,7 @@ class WriteTest(DatasetTestCase):
                         '--max_accuracy_loss', '0.1')
     names = ['m_full_int8.tflite'] + ['m_int8.onnx'] * HAS_ONNX
     self.assertCountEqual(os.listdir(self.dir), ['m.pb', 'labels.txt', 'model.json', *names])
-    self.assertIn('tflite_full_int8 loses', output)
+    self.assertIn('tflite_full_int8: accuracy ', output)
     with open(os.path.join(self.dir, 'model.json')) as f:
       entries = {entry['file']: entry for entry in json.load(f)['files']}
     images, labels = small_model.validation_images()

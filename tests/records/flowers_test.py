@@ -207,8 +207,8 @@ class FlowersTest(tf.test.TestCase):
   def test_labels_that_begin_at_1(self):
     self.write_labels(''.join(f'{i}:class{i}\n' for i in range(150)))
     self.write_label_range(range(1, 151))
-    with self.assertRaisesRegex(flowers.DatasetError, r'labels range from 1 to 150, .* names 0 to '
-                                '149: use --labels_offset 1'):
+    with self.assertRaisesRegex(flowers.DatasetError, r'no record has the label 0, but some have '
+                                r'150; .* names 0 to 149. Use --labels_offset 1'):
       flowers.get_split('train', self.dir)
     dataset = flowers.get_split('train', self.dir, labels_offset=1)
     self.assertEqual(flowers.count_labels(dataset), [1] * 150)
@@ -217,7 +217,8 @@ class FlowersTest(tf.test.TestCase):
       _, labels = session.run(flowers.load_batch(dataset, 150, 71, 71, is_training=False))
     self.assertAllEqual(labels, range(150))
     self.write_label_range(range(150))
-    with self.assertRaisesRegex(flowers.DatasetError, 'range from 0 to 149.*use --labels_offset 0'):
+    with self.assertRaisesRegex(flowers.DatasetError, 'no record has the label 150, but some '
+                                'have 0;'):
       flowers.get_split('train', self.dir, labels_offset=1)
 
   def test_names_of_labels_that_begin_at_1(self):

@@ -127,7 +127,7 @@ class BestTest(RunTestCase):
       self.save_best(3, 0.5)
       best, message = self.read_best(**kwargs)
       self.assertIsNone(best)
-      self.assertIn(f'{self.best_dir} does not count and will be renamed: {problem}', message)
+      self.assertIn(f'{self.best_dir} is ignored and will be renamed: {problem}', message)
       self.save_best(1, 0.4, best=None)
       self.assertEqual(self.steps(f'{self.best_dir}.old{i or ""}'), [3])
       self.assertEqual(self.steps(self.best_dir), [1])
@@ -164,7 +164,7 @@ class BestTest(RunTestCase):
     output = self.train('--max_number_of_steps', '1', '--eval_every_epochs', '0.01',
                         '--checkpoint_path', self.best_dir)
     self.assertRegex(output, rf'Starting from (\d+) of \1 variables of {self.best_dir}/model')
-    self.assertIn(f'{self.best_dir} does not count and will be renamed: it is of step', output)
+    self.assertIn(f'{self.best_dir} is ignored and will be renamed: it is of step', output)
     self.assertRegex(output, r'validation at step 1: .*; best: \d.\d{4} at step 1')
     self.assertEqual(self.steps(self.best_dir), [1])
 
