@@ -485,7 +485,8 @@ class MistakeTest(ScriptTestCase):
   def test_batch_that_does_not_divide(self):
     self.assertEndsWithMessage(
         run(*TRAIN, '--log_dir', self.log_dir, '--num_clones', '3'),
-        '--batch_size 8 is the sum over all towers: it must be divisible by 3: 1 workers x 3 towers x')
+        '--batch_size 8 is the sum over all towers: it must be divisible by '
+        'workers x towers x --accumulate_steps, 1 x 3 x 1')
 
   def test_more_gpus_than_there_are(self):
     self.assertEndsWithMessage(

@@ -61,8 +61,8 @@ def find_inputs(args, num_workers):
   if args.batch_size % (num_workers * len(devices) * args.accumulate_steps):
     raise PlanError(
         f'--batch_size {args.batch_size} is the sum over all towers: it must be divisible by '
-        f'{num_workers * len(devices) * args.accumulate_steps}: {num_workers} workers x '
-        f'{len(devices)} towers x --accumulate_steps {args.accumulate_steps}')
+        f'workers x towers x --accumulate_steps, {num_workers} x {len(devices)} x '
+        f'{args.accumulate_steps}')
   if validation and validation.num_samples < num_workers:
     raise PlanError(f'The validation split has {validation.num_samples} images, fewer than '
                     f'{num_workers} workers: train without --eval_every_epochs')
