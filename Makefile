@@ -10,7 +10,7 @@ TRAIN_FLAGS ?= --image_size 128 --depth_multiplier 0.5
 
 RUN = .venv/bin/python
 
-.PHONY: train eval freeze tensorboard test lint test-cluster test-browser test-clients test-hostile test-gpu \
+.PHONY: train eval freeze tensorboard test lint test-slow test-cluster test-browser test-clients test-hostile test-gpu \
 	benchmark bench-frozen cluster-demo clean
 
 train: .venv/installed
@@ -32,9 +32,14 @@ test: .venv/installed-dev
 lint: .venv/installed-dev
 	$(RUN) -m ruff check
 
+# What make test leaves out for its length, clusters apart.
+test-slow: .venv/installed-dev
+	SLOW_TESTS=1 $(RUN) -m pytest -q tests/pipeline_test.py tests/benchmark_test.py \
+		tests/deployment/mirrored_test.py
+
 # Larger clusters, and every way in which a worker can fail.
 test-cluster: .venv/installed-dev
-	CLUSTER_TESTS=1 $(RUN) -m pytest -q tests/deployment/cluster_test.py
+	SLOW_TESTS=1 $(RUN) -m pytest -q tests/deployment/cluster_test.py
 
 # Two workers on this machine train on the flowers: a minute or two.
 cluster-demo: .venv/installed

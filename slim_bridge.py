@@ -116,10 +116,13 @@ if __name__ == '__main__':  # the process that drop_known_lines starts
 
 with drop_known_lines():
   import tensorflow.compat.v1 as tf
+  from tensorflow.python import pywrap_tfe
   # The first query for GPUs in a process initializes CUDA, or fails to. With a driver it is left
   # to the scripts, which may set CUDA_VISIBLE_DEVICES first and must show what goes wrong.
   if not has_nvidia_driver():
-    tf.config.list_physical_devices('GPU')
+    # tf.config's query would create the eager context, whose mode tf.disable_v2_behavior() could
+    # then no longer change for functions of tf.data.
+    pywrap_tfe.TF_ListPhysicalDevices()
 
 # Where tf-slim 1.1.0 looks a name up -> where TensorFlow 2.21 keeps it; all
 # modules below `tensorflow.python`.

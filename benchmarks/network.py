@@ -21,6 +21,7 @@ import tf_slim as slim
 from deployment import precision as precisions
 from deployment import towers
 from export import folding
+from export import freeze
 from records import flowers
 from training import step as training_step
 import xception
@@ -158,8 +159,7 @@ def frozen_graph(image_size, depth_multiplier=1.0):
     with slim.arg_scope(xception.xception_arg_scope()):
       _, end_points = xception.xception(images, NUM_CLASSES, is_training=False,
                                         depth_multiplier=depth_multiplier,
-                                        prediction_fn=lambda logits, scope: tf.nn.softmax(
-                                            logits, name=scope))  # as export.freeze does
+                                        prediction_fn=freeze.softmax)
     tf.identity(end_points['Predictions'], name='output')
     session.run(tf.global_variables_initializer())
     for variable in slim.get_model_variables():

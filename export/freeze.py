@@ -36,6 +36,16 @@ class FreezeError(Exception):
   """The files cannot be written to the requested place."""
 
 
+def softmax(logits, scope):
+  """A `prediction_fn` of two-dimensional logits.
+
+  slim.softmax reshapes by tf.shape, an operation that OpenCV's TFLite reader and GPU
+  delegates lack.
+  """
+  with tf.name_scope(scope):
+    return tf.nn.softmax(logits, name='Softmax')
+
+
 def freeze(checkpoint, config, use_averages='auto'):
   """Builds the inference graph of a checkpoint, with its weights as constants.
 
@@ -64,9 +74,7 @@ def freeze(checkpoint, config, use_averages='auto'):
       _, end_points = xception.xception(
           images, config.num_classes, is_training=False,
           depth_multiplier=config.depth_multiplier,
-          # slim.softmax reshapes by tf.shape, an operation that OpenCV's TFLite reader and
-          # GPU delegates lack.
-          prediction_fn=lambda logits, scope: tf.nn.softmax(logits, name=scope))
+          prediction_fn=softmax)
     output = tf.identity(end_points['Predictions'], name=models.OUTPUT_NODE)
     try:
       saver, is_averaged = checkpoints.inference_saver(checkpoint, use_averages)

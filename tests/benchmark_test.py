@@ -15,6 +15,7 @@ from benchmarks import network
 from benchmarks import peers
 from benchmarks import rounds
 from scripts import PROJECT
+from scripts import slow
 
 
 class BenchmarkTest(unittest.TestCase):
@@ -150,6 +151,7 @@ class GpuReportTest(unittest.TestCase):
     self.assertRegex(gpu_report.check_towers(['/cpu:0', '/cpu:1'], **self.SIZES),
                      r'^parameter_server: losses .*e-0[5-9]; mirrored: losses .*e-0[5-9]$')
 
+  @slow
   def test_scripts_on_cpu_devices(self):
     self.assertRegex(
         gpu_report.check_scripts(['/cpu:0'], 'float32', 0.3, 71, 0.125, min_accuracy=0.0),

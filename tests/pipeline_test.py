@@ -23,6 +23,7 @@ from export import models
 from records import flowers
 from scripts import DATASET_DIR
 from scripts import run
+from scripts import slow
 from scripts import start
 
 # A small network whose few steps are the same in every run.
@@ -163,7 +164,9 @@ class PipelineTest(ScriptTestCase):
     values = {value.tag: value for event in events(log_eval) for value in event.summary.value
               if event.step == 8}
     self.assertCountEqual(values, ['accuracy', 'losses/cross_entropy', 'macro_f1', 'metrics',
-                                   'confusion_matrix', 'mistakes', 'predictions'])
+                                   'confusion_matrix', 'mistakes', 'predictions', 'roc',
+                                   'precision_recall', 'calibration', 'roc_auc',
+                                   'average_precision', 'expected_calibration_error'])
     self.assertAllClose(values['accuracy'].simple_value, metrics['accuracy'])
     self.assertAllClose(values['losses/cross_entropy'].simple_value, metrics['loss'])
     self.assertEqual(values['metrics'].metadata.plugin_data.plugin_name, 'text')
@@ -276,6 +279,7 @@ class InterruptionTest(ScriptTestCase):
     process.communicate(timeout=120)
     self.check_rerun(self.check_checkpoint(self.log_dir))
 
+  @slow
   def test_training_that_is_killed_again_and_again_is_uninterrupted_training(self):
     options = ['--dropout_keep_prob', '0.5', '--moving_average_decay', '0.99', '--num_clones', '2',
                '--save_interval_steps', '2', '--max_number_of_steps', '12']
@@ -479,7 +483,7 @@ class MistakeTest(ScriptTestCase):
 
   def test_no_dataset(self):
     self.assertEndsWithMessage(run('train_flowers.py', cwd=self.dir),
-                               'Cannot read dataset/labels.txt .*: a dataset needs it')
+                               'Cannot read dataset/labels.txt .*: a dataset needs this file')
     self.assertEmpty(os.listdir(self.dir))
 
   def test_batch_that_does_not_divide(self):

@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+import unittest
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DATASET_DIR = os.path.join(PROJECT, 'dataset')
+
+slow = unittest.skipUnless(os.environ.get('SLOW_TESTS'), 'make test-slow runs it')
 
 
 def start(*args, cwd=PROJECT, **kwargs):

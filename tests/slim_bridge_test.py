@@ -211,6 +211,19 @@ os.path.exists = lambda path: path == '/dev/nvidiactl' or exists(path)
     self.assertRegex(result.stderr, r'^(I0000.*Could not find cuda drivers.*\n)+'
                      r'imported\n.*failed call to cuInit.*\n$')
 
+  def test_the_query_for_gpus_leaves_graph_mode_to_the_scripts(self):
+    result = run_python('''
+import slim_bridge
+import tensorflow.compat.v1 as tf
+tf.disable_v2_behavior()
+dataset = tf.data.Dataset.range(1).map(lambda x: tf.numpy_function(lambda x: x, [x], tf.int64))
+functions = tf.data.make_one_shot_iterator(dataset).get_next().graph.as_graph_def().library
+print({node.device for function in functions.function for node in function.node_def
+       if node.op == 'PyFunc'})
+''')
+    # In eager mode it would be /job:localhost, which a worker of a cluster does not have.
+    self.assertEqual(result.stdout, "{''}\n", result.stderr)
+
   def test_log_level_0_shows_what_tensorflow_says(self):
     result = run_python(self.CODE, TF_CPP_MIN_LOG_LEVEL='0')
     self.assertIn('oneDNN custom operations are on', result.stderr)

@@ -128,7 +128,7 @@ class EvaluationHook(tf.train.SessionRunHook):
 def read_best(log_dir, config, start_step):
   """Reads the metrics of a run's best checkpoint.
 
-  A `best` that is damaged or belongs to another run does not count; the hook renames it
+  A `best` that is damaged or belongs to another run is ignored; the hook renames it
   before it saves its own.
 
   Args:

@@ -1,5 +1,6 @@
 """Session hooks that report a training run's progress, trace it and stop it cleanly."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -259,14 +260,13 @@ class StopOnSignalHook(tf.train.SessionRunHook):
 
   def _receive(self):
     """Waits for signals in a thread, since the main one may be blocked in a step."""
-    first = 0.0
     while number := self._read_socket.recv(1):
       if self.received:
-        if time.monotonic() - first < REPEAT_SECS:
-          continue
         os._exit(128 + number[0])
-      first = time.monotonic()
       self.received = signal.Signals(number[0]).name
+      time.sleep(REPEAT_SECS)
+      with contextlib.suppress(BlockingIOError):
+        self._read_socket.recv(64, socket.MSG_DONTWAIT)
       print(f'\n{self.received}: finishing this step, then saving. '
             'A second signal exits immediately, without saving.', file=sys.stderr, flush=True)
     self._read_socket.close()

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import unittest
 from unittest import mock
 
 import numpy as np
@@ -25,6 +24,7 @@ from deployment import cluster
 from records import flowers
 from scripts import DATASET_DIR
 from scripts import PROJECT
+from scripts import slow
 from training import hooks as training_hooks
 
 WORKER = os.path.join(PROJECT, 'tests', 'deployment', 'cluster_worker.py')
@@ -38,7 +38,6 @@ GENTLE = ['--frozen', '--optimizer', 'sgd', '--momentum', '0', '--learning_rate'
 STEP_TIMEOUT_SECS = 15
 END_SECS = 120  # within which every process must end, whatever was done to it
 
-slow = unittest.skipUnless(os.environ.get('CLUSTER_TESTS'), 'make test-cluster runs it')
 
 
 def free_addresses(number):
@@ -315,6 +314,7 @@ class MirroredTest(ClusterTestCase):
 
 class PrefetchTest(ClusterTestCase):
 
+  @slow
   def test_kill_9_and_resume(self):
     options = ['--num_clones', '2', '--save_interval_steps', '2', '--max_number_of_steps']
     whole = self.train_alone('whole', *options, '6')

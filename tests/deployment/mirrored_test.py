@@ -10,6 +10,7 @@ import tf_slim as slim
 
 from deployment import precision
 from deployment import towers
+from scripts import slow
 from training import step as training_step
 import xception
 
@@ -94,6 +95,7 @@ class MirroredTest(tf.test.TestCase):
       self.assertIdentical(values, expected)
       self.assertMirrors(values, mirrors, 2)
 
+  @slow
   def test_every_option_of_the_update(self):
     options = {'accumulate_steps': 2, 'clip_gradient_norm': 0.5, 'moving_average_decay': 0.9,
                'prefetch': True}
@@ -106,6 +108,7 @@ class MirroredTest(tf.test.TestCase):
     self.assertIdentical(values, expected)
     self.assertMirrors(values, mirrors, 2)
 
+  @slow
   def test_four_towers_differ_by_rounding(self):
     # A ring adds the gradients of four towers in another order.
     expected, _ = train(4, momentum, 'parameter_server')

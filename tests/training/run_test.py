@@ -155,7 +155,7 @@ class BestTest(RunTestCase):
       damage()
       best, message = self.read_best()
       self.assertIsNone(best)
-      self.assertIn('does not count', message)
+      self.assertIn('is ignored', message)
 
   def test_a_deleted_run_does_not_decide_for_a_new_one(self):
     self.train('--max_number_of_steps', '2', '--eval_every_epochs', '0.01')
