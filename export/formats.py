@@ -169,6 +169,7 @@ def _write_saved_model(graph_def, path, settings):
 
 def _write_jpeg_pb(graph_def, path, settings):
   """Writes a graph whose `input`, string [n], takes the bytes of JPEG or PNG files."""
+  graph_def = folding.delay_biases(graph_def, runtimes.OUTPUT_NODE)
   batch_size, image_size = _input_shape(graph_def)[:2]
   with tf.Graph().as_default() as graph:
     encoded = tf.placeholder(tf.string, [batch_size], name=runtimes.INPUT_NODE)
