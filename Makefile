@@ -35,7 +35,7 @@ lint: .venv/installed-dev
 # What make test leaves out for its length, clusters apart.
 test-slow: .venv/installed-dev
 	SLOW_TESTS=1 $(RUN) -m pytest -q tests/pipeline_test.py tests/benchmark_test.py \
-		tests/deployment/mirrored_test.py
+		tests/eval_flowers_test.py tests/deployment/mirrored_test.py
 
 # Larger clusters, and every way in which a worker can fail.
 test-cluster: .venv/installed-dev

@@ -152,7 +152,8 @@ def compare_answers(checkpoint, network, image_size):
   """Raises a ConversionError unless a checkpoint answers as Keras does, on random images."""
   images = np.random.default_rng(0).uniform(-1, 1, [2, image_size, image_size, 3])
   images = images.astype(np.float32)
-  with tf.Graph().as_default(), tf.Session() as session:
+  with tf.Graph().as_default(), \
+       tf.Session(config=tf.ConfigProto(device_count={'GPU': 0})) as session:
     with slim.arg_scope(xception.xception_arg_scope()):
       features, end_points = xception.xception(
           tf.constant(images), network.num_classes, is_training=False)

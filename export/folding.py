@@ -82,21 +82,17 @@ def num_norms(graph_def):
 
 
 def _without_identities(nodes, output_name):
-  """Connects the consumers of each Identity directly to its source."""
+  """Connects the consumers of each Identity directly to its source; the output stays as it is."""
   def source(tensor):
     tensor = tensor.removesuffix(':0')
     while tensor in nodes and nodes[tensor].op == 'Identity':
       tensor = nodes[tensor].input[0].removesuffix(':0')
     return tensor
 
-  kept = {name: node for name, node in nodes.items() if node.op != 'Identity'}
-  last_name = source(output_name)
-  kept[output_name] = kept.pop(last_name)
-  kept[output_name].name = output_name
-  for node in kept.values():
-    tensors = map(source, node.input)
-    node.input[:] = [output_name if tensor == last_name else tensor for tensor in tensors]
-  return kept
+  for node in nodes.values():
+    node.input[:] = [source(tensor) for tensor in node.input]
+  return {name: node for name, node in nodes.items()
+          if node.op != 'Identity' or name == output_name}
 
 
 def _node_name(tensor):

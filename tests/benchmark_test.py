@@ -49,6 +49,7 @@ class BenchmarkTest(unittest.TestCase):
                        {'fraction_of_limit': 0.2, 'limit_gflops_per_second': 200.0,
                         'gflops_per_image': 10.0})
 
+  @slow
   def test_training_as_a_command(self):
     figures = self.figures_of('--mode', 'train', '--num_clones', '2', '--clone_on_cpu')
     self.assertEqual(figures['gflops_per_image'],
@@ -61,6 +62,7 @@ class BenchmarkTest(unittest.TestCase):
     self.assertEqual(figures['gflops_per_image'],
                      network.count_flops(71, depth_multiplier=0.25) / 1e9)
 
+  @slow
   def test_end_to_end_as_a_command(self):
     self.figures_of('--mode', 'end_to_end')
 

@@ -27,6 +27,7 @@ import pipeline_test
 from records import flowers
 import scripts
 from scripts import DATASET_DIR
+from scripts import slow
 import small_model
 import write_pb
 
@@ -346,6 +347,7 @@ class WatchTest(EvalTestCase):
   def watch(self, *args):
     return evaluate('--log_dir', self.log_dir, '--watch', '--watch_timeout', '1', *args)
 
+  @slow
   def test_beside_training(self):
     # 7 checkpoints, of which training keeps 5.
     training = pipeline_test.start(*pipeline_test.TRAIN, '--log_dir', self.log_dir,

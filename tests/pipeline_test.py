@@ -271,6 +271,7 @@ class InterruptionTest(ScriptTestCase):
     # AutoGraph writes code there that only a process which ends by itself deletes.
     self.assertEqual([name for name in os.listdir(folder) if 'autograph' in name], [])
 
+  @slow
   def test_two_ctrl_c(self):
     process, _ = self.train_until(5, '--save_interval_steps', '2')
     process.send_signal(signal.SIGINT)
@@ -398,6 +399,7 @@ class RecipeTest(ScriptTestCase):
                                'model.ckpt-3 lacks 156 variables that this run needs, '
                                'first Xception')
 
+  @slow
   def test_bfloat16_traces_and_histograms(self):
     returncode, output = run(
         *TRAIN, '--log_dir', self.log_dir, '--max_number_of_steps', '4', '--precision', 'bfloat16',

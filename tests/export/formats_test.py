@@ -88,7 +88,7 @@ class FormatsTest(tf.test.TestCase):
 
   def test_no_operation_computes_a_shape(self):
     self.assertEqual({node.op for node in self.graph_def.node}, {
-        'AddV2', 'BiasAdd', 'Const', 'Conv2D', 'DepthwiseConv2dNative', 'MaxPool', 'Mean',
+        'AddV2', 'BiasAdd', 'Const', 'Conv2D', 'DepthwiseConv2dNative', 'Identity', 'MaxPool', 'Mean',
         'Placeholder', 'Relu', 'Softmax', 'Squeeze'})
 
   def test_saved_model(self):
