@@ -88,8 +88,8 @@ class FormatsTest(tf.test.TestCase):
 
   def test_no_operation_computes_a_shape(self):
     self.assertEqual({node.op for node in self.graph_def.node}, {
-        'AddV2', 'BiasAdd', 'Const', 'Conv2D', 'DepthwiseConv2dNative', 'Identity', 'MaxPool', 'Mean',
-        'Placeholder', 'Relu', 'Softmax', 'Squeeze'})
+        'AddV2', 'BiasAdd', 'Const', 'Conv2D', 'DepthwiseConv2dNative', 'Identity', 'MaxPool',
+        'Mean', 'Placeholder', 'Relu', 'Softmax', 'Squeeze'})
 
   def test_saved_model(self):
     path = self.write(['saved_model'])['saved_model']
