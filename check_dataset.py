@@ -25,6 +25,7 @@ import tqdm
 
 from common import arguments
 from common import files
+from common import terminal
 from evaluation import pictures
 from records import flowers
 from records import tfrecords
@@ -158,11 +159,11 @@ def print_report(report):
   names = list(counts)
   if len(names) > MAX_CLASS_ROWS:
     names = sorted(counts, key=counts.get)[:MAX_LISTED]
-  width = max(map(len, [*names, 'good images']))
+  width = max(map(terminal.text_width, [*names, 'good images']))
   print(f'{"":{width}} ' + ' '.join(f'{split:>12}' for split in splits))
 
   def row(title, values):
-    print(f'{title:{width}} ' + ' '.join(f'{value:>12}' for value in values))
+    print(terminal.pad(title, width), ' '.join(f'{value:>12}' for value in values))
 
   for name in names:
     row(name, [split['classes'][name] for split in splits.values()])

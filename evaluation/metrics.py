@@ -6,9 +6,10 @@ over all classes of the dataset, including those that never occur.
 
 import collections
 import math
-import unicodedata
 
 import numpy as np
+
+from common import terminal
 
 Z_95 = 1.959963984540054  # 97.5 % of a standard normal distribution lie below
 TOP_K = 5
@@ -126,21 +127,14 @@ def format_table(metrics, class_names):
   rows += [('macro average', *metrics.macro_average),
            ('weighted average', *metrics.weighted_average)]
   names = [shorten(row[0], MAX_NAME_WIDTH) for row in rows]
-  width = max(map(text_width, names))
+  width = max(map(terminal.text_width, names))
   lines = [f'{"":{width}}  precision  recall      f1  support']
   for name, (_, *numbers) in zip(names, rows):
-    line = name + ' ' * (width - text_width(name))
+    line = terminal.pad(name, width)
     if numbers:
       line += '  {:9.4f}  {:6.4f}  {:6.4f}  {:7d}'.format(*numbers)
     lines.append(line)
   return '\n'.join(lines)
-
-
-def text_width(text):
-  """Returns how many columns of a terminal a text takes; many Asian characters take two."""
-  return sum(0 if unicodedata.category(character) in ('Mn', 'Me', 'Cf') else
-             2 if unicodedata.east_asian_width(character) in 'WF' else 1
-             for character in text)
 
 
 def shorten(text, width):
@@ -148,11 +142,11 @@ def shorten(text, width):
 
   The middle, because long names often differ at their ends: beetle_larva_01, beetle_larva_02.
   """
-  if text_width(text) <= width:
+  if terminal.text_width(text) <= width:
     return text
   head, tail = text, text
-  while text_width(head) > width // 2:
+  while terminal.text_width(head) > width // 2:
     head = head[:-1]
-  while text_width(tail) > (width - 1) // 2:
+  while terminal.text_width(tail) > (width - 1) // 2:
     tail = tail[1:]
   return f'{head}…{tail}'

@@ -22,7 +22,7 @@ from evaluation import metrics
 BASE_FONT = 'DejaVu Sans'  # comes with matplotlib
 GRID_COLUMNS = 6
 MAX_GRID_IMAGES = 30
-MAX_NAME_WIDTH = 21  # columns of a terminal, see metrics.text_width
+MAX_NAME_WIDTH = 21  # columns of a terminal, see common/terminal.py
 MAX_NUMBERED_CLASSES = 30  # up to this many, cells of the confusion matrix show their counts
 MAX_NAMED_CLASSES = 120  # up to this many, its rows and columns show their names
 MAX_CURVES = 20  # of more classes, those with the smallest areas are shown

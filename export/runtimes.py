@@ -124,8 +124,11 @@ def _open_saved_model(path, session):
     with session.graph.as_default():
       signatures = tf.saved_model.load(
           session, [tf.saved_model.tag_constants.SERVING], path).signature_def
-    signature = signatures[tf.saved_model.signature_constants.DEFAULT_SERVING_SIGNATURE_DEF_KEY]
-  except (OSError, RuntimeError, ValueError, KeyError, tf.errors.OpError) as error:
+    key = tf.saved_model.signature_constants.DEFAULT_SERVING_SIGNATURE_DEF_KEY
+    if key not in signatures:  # a map of protocol buffers would create it
+      raise ValueError(f'it has {", ".join(sorted(signatures)) or "none"}')
+    signature = signatures[key]
+  except (OSError, RuntimeError, ValueError, tf.errors.OpError) as error:
     raise ModelError(f'{path} is not a SavedModel with a signature serving_default: '
                      f'{error}') from error
   infos = (signature.inputs[_choose(path, 'input', list(signature.inputs), IMAGES)],

@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 import tqdm
 
+from common import terminal
 from records import flowers
 from records import image_files
 
@@ -373,10 +374,10 @@ def print_table(class_names, splits, rejected):
   columns['rejected'] = rejected
   counts = [collections.Counter(item.class_name for item in items) for items in columns.values()]
   listed = class_names[:MAX_LISTED_CLASSES]
-  width = max(len('class'), len('total'), *map(len, listed))
+  width = max(len('class'), len('total'), *map(terminal.text_width, listed))
   print(f'{"class":{width}} ' + ' '.join(f'{name:>10}' for name in columns))
   for name in listed:
-    print(f'{name:{width}} ' + ' '.join(f'{count[name]:10}' for count in counts))
+    print(terminal.pad(name, width), ' '.join(f'{count[name]:10}' for count in counts))
   if len(listed) < len(class_names):
     print(f'... and {len(class_names) - len(listed)} more classes')
   print(f'{"total":{width}} ' + ' '.join(f'{count.total():10}' for count in counts))

@@ -14,6 +14,7 @@ the same for validation, and a `labels.txt` that names the classes in lines like
   images, labels = flowers.load_batch(dataset, 32, 299, 299, is_training=True)
 """
 
+import codecs
 import collections
 import contextlib
 import functools
@@ -144,8 +145,9 @@ def _read_lines(path):
     raise DatasetError(f'Cannot read {path} ({error.strerror}): a dataset needs this file, '
                        'with a line like 0:daisy for each class') from error
   except UnicodeDecodeError as error:
+    is_utf_16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     raise DatasetError(f'{path} is not UTF-8 text ({error}): convert it, for instance with '
-                       'iconv -f LATIN1 -t UTF-8') from error
+                       f'iconv -f {"UTF-16" if is_utf_16 else "LATIN1"} -t UTF-8') from error
 
 
 def _parse_labels(path, lines):

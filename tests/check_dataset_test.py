@@ -14,6 +14,7 @@ from PIL import Image
 import tensorflow.compat.v1 as tf
 
 import check_dataset
+from common import terminal
 from create_tfrecords_test import image_bytes
 from evaluation import pictures
 from records import flowers
@@ -117,6 +118,15 @@ class CheckDatasetTest(tf.test.TestCase):
       check_dataset.print_report(report)
     self.assertLess(len(output.getvalue().splitlines()), 40)
     self.assertIn('... and 580 classes with more training images', output.getvalue())
+
+  def test_columns_are_aligned(self):
+    with open(os.path.join(self.dir, 'labels.txt'), 'w', encoding='utf-8') as f:
+      f.write('0:向日葵の花の種と茎\n1:می\u200cخک\n')
+    self.write('train', [(1, 0), (2, 1)])
+    report = self.check()
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+      check_dataset.print_report(report)
+    self.assertLen({terminal.text_width(line) for line in output.getvalue().splitlines()[:8]}, 1)
 
   def run_script(self, *args):
     return subprocess.run(

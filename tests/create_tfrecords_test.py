@@ -7,7 +7,9 @@ import glob
 import hashlib
 import io
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ import numpy as np
 from PIL import Image
 import tensorflow.compat.v1 as tf
 
+from common import terminal
 from records import creation
 from records import flowers
 from scripts import PROJECT
@@ -266,13 +269,22 @@ class CreateDatasetTest(tf.test.TestCase):
       self.write(f'{name}/1.jpg', image_bytes(60))
     self.assertRefused('two folders named L\u00f6we', overwrite=True)
 
+  def test_a_class_folder_that_is_a_link(self):
+    self.write_classes(cat=2)
+    self.write('../elsewhere/1.jpg', image_bytes(7))
+    os.symlink('../elsewhere', os.path.join(self.image_dir, 'dog'))
+    self.create(num_shards=1)
+    self.assertEqual(flowers.read_labels(self.dataset_dir), ['cat', 'dog'])
+    self.assertIn((image_bytes(7), b'jpg', 1, 90, 80), self.features('train'))
+
   def test_class_names_of_any_script(self):
-    names = sorted(['می‌خک', '👩‍🌾', '$x$', 'Lo\u0308we'])
+    names = sorted(['می‌خک', '👩‍🌾', '$x$', 'Lo\u0308we', '\u2067rose\u2069'])
     for i, name in enumerate(names):
       self.write(f'{name}/1.jpg', image_bytes(i))
-    self.create(num_shards=1)
+    lines = self.create(num_shards=1).splitlines()[:len(names) + 2]
     self.assertEqual(flowers.read_labels(self.dataset_dir), [
         unicodedata.normalize('NFC', name) for name in names])
+    self.assertLen({terminal.text_width(line) for line in lines}, 1)  # columns are aligned
 
   # What is there already.
 
@@ -313,6 +325,30 @@ class CreateDatasetTest(tf.test.TestCase):
       with self.assertRaises(tf.errors.ResourceExhaustedError):
         self.create()
     self.assertFalse(os.path.exists(self.dataset_dir))
+    self.create()
+    before = self.digests()
+    with mock.patch.object(tf.python_io.TFRecordWriter, 'write', side_effect=full):
+      with self.assertRaises(tf.errors.ResourceExhaustedError):
+        self.create(seed=5, overwrite=True)
+    self.assertEqual(self.digests(), before)
+
+  def test_kill_leaves_what_was_there(self):
+    self.write_classes(cat=6, dog=6)
+    self.create()
+    before = self.digests()
+
+    def kill(*_):
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(10)  # which the signal ends
+
+    self.addCleanup(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    argv = ['create_tfrecords.py', '--image_dir', self.image_dir, '--dataset_dir',
+            self.dataset_dir, '--seed', '5', '--overwrite']
+    with mock.patch.object(sys, 'argv', argv), mock.patch.object(creation, 'write_labels', kill), \
+         contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), \
+         self.assertRaisesRegex(SystemExit, 'interrupted; nothing was written'):
+      runpy.run_path(os.path.join(PROJECT, argv[0]), run_name='__main__')
+    self.assertEqual(self.digests(), before)
 
   def test_a_name_that_begins_like_another(self):
     self.write_classes(cat=6, dog=6)

@@ -102,18 +102,30 @@ class FindTest(CheckpointsTestCase):
         r'holds parts of checkpoints \(checkpoint, model.ckpt-1.index, .*Copy the missing files'):
       checkpoints.find(self.dir)
 
-
   def test_what_is_no_checkpoint(self):
     for name, message in (('model.h5', 'is a Keras file: convert it with convert_keras_weights.py'),
+                          ('model.keras', 'is a Keras file: convert it with convert_keras'),
                           ('model.ckpt-1.index', 'No checkpoint in')):
       path = os.path.join(self.dir, name)
       open(path, 'w').close()
       with self.assertRaisesRegex(checkpoints.CheckpointError, message):
         checkpoints.find(None, path)
 
+  def test_a_text_and_a_damaged_checkpoint(self):
+    text = os.path.join(self.dir, 'notes.txt')
+    damaged = self.save(1)
+    for path in (text, f'{damaged}.index'):
+      with open(path, 'w', encoding='utf-8') as f:
+        f.write('To do: train more.\n' * 10)
+    for path in (text, damaged):
+      with self.assertRaisesRegex(checkpoints.CheckpointError,
+                                  f'{path} cannot be read: .*not an sstable'):
+        checkpoints.open_checkpoint(checkpoints.find(None, path))
+
   def test_paths_that_tensorflow_cannot_read(self):
     for path, message in (('log[1]', r'contains \[, which TensorFlow reads as a pattern'),
                           ('what?', r'contains \?'), ('a*b', r'contains \*'),
+                          ('a\\b', r'contains \\'),
                           ('gs://bucket/log', 'is a URL'), ('caf\udce9', 'is not UTF-8')):
       with self.assertRaisesRegex(checkpoints.CheckpointError, message):
         checkpoints.check_path(path)

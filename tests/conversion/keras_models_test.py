@@ -114,10 +114,17 @@ def mixed_precision():
   return model
 
 
-def of_any_size():
+def frozen():
+  copy = keras.models.clone_model(BASE)
+  copy.set_weights(BASE.get_weights())
+  copy.trainable = False
+  return behind(base=copy)
+
+
+def of_size(size):
   copy = keras.applications.Xception(weights=None, include_top=False)
   copy.set_weights(BASE.get_weights())
-  return behind(base=copy, shape=(None, None, 3))
+  return behind(base=copy, shape=(size, size, 3))
 
 
 def other_epsilon():
@@ -129,6 +136,10 @@ def other_epsilon():
 def two_inputs():
   other = keras.Input([4])
   return keras.Model([BASE.input, other], softmax()(layers.Concatenate()([pooled(), other])))
+
+
+def two_outputs():
+  return keras.Model(BASE.input, [softmax()(pooled()), softmax()(pooled())])
 
 
 def identity(images):
@@ -161,7 +172,8 @@ CONVERTED = {
     'operators': (lambda: called_functionally(lambda x: (x - 127.5) * (1 / 127.5)), to_bytes, []),
     'renamed': (renamed, identity, [OURS]),
     'mixed precision': (mixed_precision, identity, [OURS]),
-    'any size': (of_any_size, identity, [OURS]),
+    'frozen': (frozen, identity, [OURS]),
+    'any size': (lambda: of_size(None), identity, [OURS]),
 }
 SAVED = ('preprocess_input', 'renamed')  # the others are read without the detour of a file
 
@@ -185,6 +197,8 @@ REFUSED = {
     'two softmaxes': (lambda: flat(softmax(), layers.Activation('softmax', name='again')),
                       r'layer again \(Activation\)'),
     'two inputs': (two_inputs, 'it has 2 inputs and 1 outputs'),
+    'two outputs': (two_outputs, 'it has 1 inputs and 2 outputs'),
+    'small': (lambda: of_size(70), 'its images are 70 x 70 pixels, .* needs 71 x 71 or more'),
     'rescaling': (lambda: behind(layers.Rescaling(3)), r'3 x pixel \+0'),
     'rescaling of channels': (lambda: behind(layers.Rescaling([0.1, 0.2, 0.3], name='rgb')),
                               r'layer rgb \(Rescaling\): in front'),

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import tensorflow.compat.v1 as tf
 
+from common import terminal
 from evaluation import metrics
 
 
@@ -50,7 +51,7 @@ class MetricsTest(tf.test.TestCase):
     found = metrics.compute(labels, probabilities, np.zeros(40))
     lines = metrics.format_table(found, ['rose', '向日葵', 'x' * 40]).splitlines()
     self.assertLen(lines, 6)
-    self.assertLen({metrics.text_width(line) for line in lines}, 1)  # columns are aligned
+    self.assertLen({terminal.text_width(line) for line in lines}, 1)  # columns are aligned
     self.assertRegex(lines[0], r'^ {30}  precision  recall      f1  support$')
     precision, recall, f1, support = (column[1] for column in found.classes)
     self.assertEqual(lines[2].split(), [
@@ -87,10 +88,6 @@ class MetricsTest(tf.test.TestCase):
     self.assertLen(matrix, 3000)
     self.assertEqual([matrix[0], matrix[1], matrix[2999]], [{'0': 2, '7': 1}, {}, {'2999': 1}])
     self.assertLess(len(text), 400_000)
-
-  def test_text_width(self):
-    for text, width in [('向日葵', 6), ('می\u200cخواهم', 7), ('गुलाब', 4), ('e\u0301', 1)]:
-      self.assertEqual(metrics.text_width(text), width, text)
 
   def test_shorten(self):
     self.assertEqual(metrics.shorten('daisy', 5), 'daisy')

@@ -63,10 +63,10 @@ class ForeignModelTest(tf.test.TestCase):
 class PbTest(ForeignModelTest):
 
   def write_graph(self, transform=tf.nn.softmax, shape=(None, SIZE, SIZE, 3), name='x',
-                  more=lambda: None):
+                  more=lambda: None, dtype=tf.float32):
     with tf.Graph().as_default() as graph:
-      images = tf.placeholder(tf.float32, shape, name=name)
-      transform(build(images))
+      images = tf.cast(tf.placeholder(dtype, shape, name=name), tf.float32)
+      transform(build(tf.transpose(images, [0, 2, 3, 1]) if shape[1] == 3 else images))
       more()
     return self.write('model.pb', graph.as_graph_def().SerializeToString())
 
@@ -76,13 +76,30 @@ class PbTest(ForeignModelTest):
     self.check(self.write_graph(
         lambda logits: tf.nn.softmax(logits)[:, tf.newaxis, tf.newaxis], name='data'))
 
+  def test_the_one_of_several_that_is_named(self):
+    self.check(self.write_graph(
+        lambda logits: tf.nn.softmax(logits, name='output'), name='input',
+        more=lambda: [tf.placeholder(tf.bool, name='is_training'), tf.constant(1.0) + 1.0]))
+
+  def test_layouts_and_types(self):
+    self.check(self.write_graph(shape=(None, 3, SIZE, SIZE)))
+    self.check(self.write_graph(
+        lambda logits: tf.nn.softmax(logits)[:, :, tf.newaxis, tf.newaxis]))
+    self.check(self.write_graph(dtype=tf.float64))
+    self.check(self.write_graph(dtype=tf.float16), atol=0.02)
+    model = models.load(self.write_graph(dtype=tf.uint8))
+    with self.assertRaisesRegex(models.ModelError, 'x:0 is uint8 without a scale'):
+      model.predict(self.images)
+
   def test_unknown_image_size(self):
     path = self.write_graph(shape=(None, None, None, 3))
     with self.assertRaisesRegex(models.ModelError, 'leaves the image size open'):
       models.load(path)
     with open(os.path.join(self.dir, 'model.json'), 'w') as f:
-      json.dump({'image_size': SIZE, 'class_names': small_model.CLASS_NAMES, 'files': []}, f)
+      json.dump({'image_size': SIZE, 'files': []}, f)
     self.check(path)
+    with open(os.path.join(self.dir, 'model.json'), 'w') as f:
+      json.dump({'image_size': SIZE, 'class_names': small_model.CLASS_NAMES, 'files': []}, f)
     os.remove(os.path.join(self.dir, 'labels.txt'))
     self.check(path)
 
@@ -92,7 +109,10 @@ class PbTest(ForeignModelTest):
          'has 2 inputs, is_training, x: one must be named input'),
         (lambda: self.write_graph(more=lambda: tf.identity(tf.constant(1.0), name='loss')),
          'has 2 outputs, Softmax, loss: one must be named output'),
-        (lambda: self.write_graph(shape=(None, SIZE, 90, 3)), 'expected square images'),
+        (lambda: self.write_graph(shape=(None, SIZE, 90, 3)),
+         r'the shape \[None, 75, 90, 3\], expected square images'),
+        (lambda: self.write_graph(shape=(None, SIZE, SIZE, 1)),
+         r'the shape \[None, 75, 75, 1\], expected square images of 3 channels'),
         (lambda: self.write_graph(lambda logits: tf.nn.softmax(logits)[:, :3]), 'has 3'),
         (lambda: self.write_graph(more=lambda: tf.Variable(1.0)), 'has variables')]:
       with self.assertRaisesRegex(models.ModelError, message):
@@ -109,6 +129,29 @@ class PbTest(ForeignModelTest):
                                  {'scores': tf.nn.softmax(build(images))})
     self.check(path)
     self.check(os.path.join(path, 'saved_model.pb'))
+
+  def test_signatures_of_a_saved_model(self):
+    def save(folder, images_key, output_key, signature='serving_default'):
+      path = os.path.join(self.dir, folder)
+      with tf.Graph().as_default(), tf.Session() as session:
+        images = tf.placeholder(tf.float32, [None, SIZE, SIZE, 3])
+        logits = build(images)
+        builder = tf.saved_model.Builder(path)
+        builder.add_meta_graph_and_variables(session, ['serve'], {
+            signature: tf.saved_model.predict_signature_def(
+                {images_key: images, 'rate': tf.placeholder(tf.float32, [])},
+                {output_key: tf.nn.softmax(logits), 'logits': logits})})
+        builder.save()
+      return path
+
+    self.check(save('named', 'images', 'probabilities'))
+    for path, message in [
+        (save('inputs', 'pixels', 'probabilities'), 'has 2 inputs, pixels, rate: one must'),
+        (save('outputs', 'images', 'scores'), 'has 2 outputs, logits, scores: one must be named'),
+        (save('other', 'images', 'probabilities', 'predict'),
+         'other is not a SavedModel with a signature serving_default: it has predict')]:
+      with self.assertRaisesRegex(models.ModelError, message):
+        models.load(path)
 
 
 class TFLiteTest(ForeignModelTest):

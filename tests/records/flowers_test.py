@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import tempfile
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -108,8 +109,8 @@ class FlowersTest(tf.test.TestCase):
         ('\n', 'is empty'),
         ('1:daisy\n2:roses\n', 'begin at 1 too, use --labels_offset 1'),
         ('0:a\0b\n', 'expected id:name'),
-        ('0:Löwenzahn\n'.encode('latin-1'), 'is not UTF-8 text .*iconv'),
-        ('0:daisy\n'.encode('utf-16'), 'is not UTF-8 text')]:
+        ('0:Löwenzahn\n'.encode('latin-1'), 'is not UTF-8 text .*iconv -f LATIN1 -t UTF-8'),
+        ('0:daisy\n'.encode('utf-16'), 'is not UTF-8 text .*iconv -f UTF-16 -t UTF-8')]:
       self.write_labels(text)
       with self.assertRaisesRegex(flowers.DatasetError, message) as context:
         flowers.read_labels(self.dir)
@@ -235,9 +236,28 @@ class FlowersTest(tf.test.TestCase):
       flowers.get_split('train', self.dir)
 
   def test_no_record(self):
-    self.write_shard([])
-    with self.assertRaisesRegex(flowers.DatasetError, 'hold no records'):
+    path = self.write_shard([])
+    with self.assertRaisesRegex(flowers.DatasetError, f'{path} hold no records'):
       flowers.get_split('train', self.dir)
+
+  def test_files_that_cannot_be_opened(self):
+    path = os.path.join(self.dir, flowers.shard_name('train', 0, 1))
+
+    def check_error(reason):
+      with self.assertRaises(OSError) as context:
+        flowers.get_split('train', self.dir)
+      self.assertEndsWith(str(context.exception), f'{reason}: {path!r}')
+
+    os.symlink('nowhere', path)
+    check_error('No such file or directory')
+    os.remove(path)
+    os.mkdir(path)
+    check_error('Is a directory')
+    os.rmdir(path)
+    self.write_images([1])
+    denied = PermissionError(13, 'Permission denied', path)  # root may read any file
+    with mock.patch.object(tfrecords, 'open', side_effect=denied, create=True):
+      check_error('Permission denied')
 
   def test_a_shard_cut_short_loses_its_own_tail(self):
     path = self.write_images(range(3), shard=0, num_shards=2)
@@ -384,6 +404,9 @@ class FlowersTest(tf.test.TestCase):
     dataset = flowers.get_split('train', self.dir)
     with self.assertRaisesRegex(flowers.DatasetError, 'None of 50 records can be used: .*record 0'):
       flowers.require_readable(dataset)
+    with mock.patch.object(flowers, 'NUM_TRIED_RECORDS', 10):
+      with self.assertRaisesRegex(flowers.DatasetError, 'None of 10 records can be used'):
+        flowers.require_readable(dataset)
     with tf.Graph().as_default(), tf.Session() as session:
       with self.assertRaisesRegex(tf.errors.InvalidArgumentError, flowers.NO_GOOD_RECORD):
         session.run(flowers.load_batch(dataset, 4, 71, 71, is_training=True))

@@ -76,8 +76,8 @@ class RecordsTest(tf.test.TestCase):
                     gzip.compress(open(self.write('b', [b'0123456789'] * 9), 'rb').read())):
       with open(path, 'wb') as f:
         f.write(content)
-      records = tfrecords.Records([path])
-      self.assertEmpty(records)
+      records = tfrecords.Records([path, self.write('b', [b'other'])])
+      self.assertEqual([records[i] for i in range(len(records))], [b'other'])
       self.assertEqual(records.damages, [f'{path} is not a TFRecord file, or it is compressed'])
 
   def test_a_file_that_changes_while_it_is_used(self):

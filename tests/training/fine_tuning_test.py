@@ -123,6 +123,17 @@ class RestoreTest(FineTuningTestCase):
       self.assertIn('236 of 237', report)
       self.assertIn('1 are missing, first Xception/Logits/more', report)
 
+  def test_a_checkpoint_without_logits(self):
+    with tf.Graph().as_default(), tf.Session() as session:
+      build()
+      session.run(tf.global_variables_initializer())
+      path = tf.train.Saver([v for v in slim.get_model_variables() if HEAD not in v.op.name]).save(
+          session, os.path.join(tempfile.mkdtemp(dir=self.dir), 'xception.ckpt'))
+      with self.assertRaisesRegex(checkpoints.CheckpointError,
+                                  'lacks 2 of 236 variables, first Xception/Logits/'):
+        fine_tuning.restore(path)
+      self.assertIn('Starting from 234 of 236', fine_tuning.restore(path, (HEAD,)).report)
+
   def test_refusals(self):
     for message, arguments, options in [
         ('no variable name starts with it. Layers have names such as Xception/block1_conv1',

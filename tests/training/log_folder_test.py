@@ -92,6 +92,16 @@ class LockTest(LogFolderTestCase):
       with open(os.path.join(log_dir, 'train.lock'), encoding='utf-8') as f:
         self.assertEqual(int(f.read()), os.getpid())
 
+  def test_folders_that_cannot_be_written(self):
+    denied = PermissionError(13, 'Permission denied')  # root may write anywhere
+    for log_dir, makedirs, reason in [
+        ('', os.makedirs, 'No such file or directory'),
+        (os.path.join(self.dir, 'log'), mock.Mock(side_effect=denied), 'Permission denied')]:
+      with mock.patch.object(os, 'makedirs', makedirs), \
+           self.assertRaises(log_folder.LogFolderError) as context, log_folder.lock(log_dir):
+        pass
+      self.assertEqual(str(context.exception), f'Cannot write to --log_dir {log_dir!r}: {reason}')
+
 
 class ScratchTest(LogFolderTestCase):
 

@@ -1,7 +1,13 @@
-"""Tests of where training ends."""
+"""Tests of where training ends, and of what is printed before it starts."""
+
+import contextlib
+import io
+from unittest import mock
 
 import tensorflow.compat.v1 as tf
 
+from deployment import cluster
+from training import optimization
 from training import plan
 
 
@@ -26,6 +32,20 @@ class FindEndTest(tf.test.TestCase):
     for first_image in (96, 100, 1000):
       self.assertEqual(plan.find_end(96.0, 8, 14, first_image)[0], 14)
     self.assertEqual(plan.find_end(96.0, 8, 7, 56, max_number_of_steps=5)[0], 7)
+
+
+class ShowTest(tf.test.TestCase):
+
+  def test_files_whose_records_are_lost(self):
+    damages = ['a.tfrecord is not a TFRecord file, or it is compressed',
+               'b.tfrecord ends inside record 2, which is lost']
+    found = mock.Mock(steps_per_epoch=1.0, devices=['/cpu:0'])
+    found.dataset.records.damages = damages
+    args = mock.Mock(batch_size=8, accumulate_steps=1)
+    with contextlib.redirect_stdout(io.StringIO()), \
+         contextlib.redirect_stderr(io.StringIO()) as errors:
+      plan.show(found, args, optimization.RECIPES['flowers'], cluster.SingleWorker())
+    self.assertEqual(errors.getvalue(), ''.join(f'Warning: {damage}\n' for damage in damages))
 
 
 if __name__ == '__main__':

@@ -16,6 +16,7 @@ import tensorflow.compat.v1 as tf
 
 from deployment import cluster
 from deployment import precision
+from records import flowers
 from scripts import PROJECT
 from training import evaluation_hook
 from training import hooks as training_hooks
@@ -126,6 +127,12 @@ class ExplainTest(tf.test.TestCase):
     save_op = types.SimpleNamespace(type='SaveV2')
     self.assertIn('Cannot save in /log: full',
                   str(self.explain(tf.errors.ResourceExhaustedError(None, save_op, 'full'))))
+
+  def test_an_epoch_without_a_good_record(self):
+    message = f'assertion failed: [{flowers.NO_GOOD_RECORD}]\n\t [[{{{{node Assert}}}}]]'
+    explained = self.explain(tf.errors.InvalidArgumentError(None, None, message))
+    self.assertIsInstance(explained, training_step.TrainingError)
+    self.assertEqual(str(explained), 'No usable record in an entire epoch: run check_dataset.py')
 
   def test_a_gpu_without_enough_memory_is_named(self):
     op = types.SimpleNamespace(type='Conv2D', device='/device:GPU:1')
