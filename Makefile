@@ -64,7 +64,7 @@ test-browser: .venv/installed-dev
 benchmark: .venv/installed-dev
 	$(RUN) -m pytest -q -s tests/speed_gains.py
 
-# Checks and measures training on the GPUs of this machine: ten minutes, a report to paste.
+# Checks and measures training on the GPUs of this machine; prints a report to paste.
 test-gpu: .venv/installed
 	$(RUN) -m benchmarks.gpu_report
 
