@@ -224,10 +224,7 @@ def get_split(split_name, dataset_dir, file_pattern=None, reader=None, dataset_n
       items_to_descriptions=ITEMS_TO_DESCRIPTIONS,
       num_classes=len(class_names),
       labels_to_names=dict(enumerate(class_names)),
-      records=records,
-      image_key=image_key,
-      label_key=label_key,
-      labels_offset=labels_offset)
+      records=records, image_key=image_key, label_key=label_key, labels_offset=labels_offset)
   _check_labels_offset(dataset)
   return dataset
 

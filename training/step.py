@@ -129,7 +129,6 @@ def build_train_step(images, labels, positions, loss_fn, optimizer, learning_rat
     with tf.control_dependencies([train_op]):
       step_after = global_step.read_value()
     train_op = tf.group(train_op, fetch_next)
-
   scalars = {'losses/total_loss': loss, 'losses/cross_entropy': cross_entropy,
              'losses/regularization': regularization, 'accuracy': accuracy,
              'learning_rate': learning_rate, 'gradient_norm': gradient_norm}
