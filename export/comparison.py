@@ -220,7 +220,7 @@ def verify(paths, images, predict, precision, max_accuracy_loss=MAX_ACCURACY_LOS
     if fault:
       faults.append(f'{name} ({fault})')
     elif bound is None:
-      print(f'{name}: accuracy {-100 * comparison.accuracy_loss:+.1f} points against the '
+      print(f'{name}: accuracy {0 - 100 * comparison.accuracy_loss:+.1f} points against the '
             'checkpoint')
     comparisons[name] = comparison
   if faults:
