@@ -21,11 +21,11 @@ import slim_bridge  # noqa: F401, before TensorFlow: see there
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
+from common import files
 from deployment import cluster
 from deployment import towers
 import xception
 
-PROJECT_DIR = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 WARM_UP_STEPS = 3
 STEPS = 15
 MODES = [(bucket_bytes, precision) for precision in cluster.PRECISIONS
@@ -84,7 +84,7 @@ def measure(num_workers):
   for each in sockets:
     each.close()
   processes = [subprocess.Popen(
-      [sys.executable, '-m', 'benchmarks.all_reduce', '--work'], cwd=PROJECT_DIR, text=True,
+      [sys.executable, '-m', 'benchmarks.all_reduce', '--work'], cwd=files.PROJECT_DIR, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
       env=dict(os.environ, TF_CONFIG=json.dumps({
           'cluster': {'worker': addresses}, 'task': {'type': 'worker', 'index': i}})))

@@ -18,6 +18,7 @@ import tensorflow.compat.v1 as tf
 from tensorflow.python.framework import ops
 import tf_slim as slim
 
+from common import files
 from deployment import precision as precisions
 from deployment import towers
 from export import folding
@@ -31,7 +32,7 @@ WARM_UP_STEPS = 3
 # Besides the forward product, a training step computes the gradients of images and kernels.
 TRAINING_FACTOR = 3
 LIMIT_SIZE, LIMIT_PRODUCTS = 4096, 5  # side and number of the matrix products
-DATASET_DIR = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'dataset')
+DATASET_DIR = os.path.join(files.PROJECT_DIR, 'dataset')
 
 
 def count_flops(image_size, depth_multiplier=1.0, num_classes=NUM_CLASSES):
