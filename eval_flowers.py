@@ -16,6 +16,11 @@ evaluates every checkpoint of a training run while it is still running, and
   python eval_flowers.py --dataset_dir dataset --graph frozen_model_xception.tflite
 
 evaluates a frozen model, which shows the cost of freezing or quantization.
+
+  python eval_flowers.py --dataset_dir dataset --log_dir log --fit_temperature
+
+also calibrates the probabilities: it writes temperature.json beside the
+checkpoint, for write_pb.py --temperature.
 """
 
 import argparse
@@ -33,6 +38,7 @@ from common import errors
 from deployment import towers
 from evaluation import metrics
 from evaluation import report
+from evaluation import temperature
 from export import models
 from records import flowers
 
@@ -106,6 +112,12 @@ def print_report(computed, about):
            if computed.top_5_accuracy is None else f'{computed.top_5_accuracy:.4f}')
   print(f'Weights: {describe_weights(about["uses_averages"])}')
   print(f'Loss: {computed.loss:.4f}')
+  if scaled := about['calibrated']:
+    print(f'Temperature: {scaled["temperature"]:.4f}, fitted on the {scaled["fitted_on"]} split, '
+          f'in {checkpoints.temperature_file(about["checkpoint"])}')
+    print(f'At this temperature: loss {scaled["loss"]:.4f}, expected calibration error '
+          f'{scaled["expected_calibration_error"]:.4f} instead of '
+          f'{about["expected_calibration_error"]:.4f}')
   print(f'Top-5 accuracy: {top_5}')
   print(f'95 % confidence interval of the accuracy: {low:.4f} to {high:.4f}')
   print(f'Accuracy: {computed.accuracy:.4f} ({computed.num_correct} of {computed.num_images})')
@@ -149,6 +161,10 @@ def parse_args(argv=None):
   group.add_argument('--image_size', '--eval_image_size', type=arguments.image_size,
                      help='height and width of the images in pixels; the network takes any size '
                      '(default: the size it was trained with)')
+  group.add_argument('--fit_temperature', action='store_true',
+                     help='fits the number that the logits are divided by so that the loss on the '
+                     'evaluated split is smallest, and writes it into '
+                     f'{checkpoints.TEMPERATURE_FILE} beside the checkpoint')
   group = parser.add_argument_group('devices')
   group.add_argument('--batch_size', type=arguments.positive_int, default=32,
                      help='images per device and step; does not change the result')
@@ -162,6 +178,11 @@ def parse_args(argv=None):
                      or args.use_averages != 'auto'):
     parser.error('--graph has frozen weights and a fixed image size, and its runtime chooses the '
                  'devices: leave out --use_averages, --image_size, --num_clones and --eval_on_cpu')
+  if args.fit_temperature and (args.graph or args.watch):
+    parser.error('--fit_temperature divides the logits of one checkpoint: '
+                 + ('a frozen model has only probabilities. Fit the checkpoint that it came from, '
+                    'and freeze that again with write_pb.py --temperature' if args.graph else
+                    'leave out --watch, and fit the one that you keep'))
   return args
 
 
@@ -194,7 +215,8 @@ def main(args):
     choice = 'as named' if checkpoint == args.checkpoint_path else (
         f'the newest of {args.checkpoint_path or args.log_dir}')
     print(f'Evaluating {checkpoint}, {choice}, on {images}, on {", ".join(devices)}', flush=True)
-    evaluate = split.of_checkpoints(devices, args.use_averages, args.image_size)
+    evaluate = split.of_checkpoints(devices, args.use_averages, args.image_size,
+                                    args.fit_temperature)
     computed, about, files = evaluate(checkpoint)
   print(metrics.format_table(computed, split.class_names))
   print(f'Wrote {", ".join(files)} and events to {log_eval}')
@@ -208,7 +230,7 @@ if __name__ == '__main__':
   try:
     main(parse_args())
   except (flowers.DatasetError, checkpoints.CheckpointError, towers.DeviceError,
-          models.ModelError, OSError) as error:
+          models.ModelError, temperature.TemperatureError, OSError) as error:
     sys.exit(f'eval_flowers.py: {error}')
   except tf.errors.ResourceExhaustedError as error:
     sys.exit(f'eval_flowers.py: out of memory ({errors.reason(error)}): use a smaller --batch_size')

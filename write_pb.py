@@ -56,6 +56,9 @@ def parse_args(argv=None):
   parser.add_argument('--use_averages', choices=['auto', 'yes', 'no'], default='auto',
                       help='whether to freeze the Polyak averages of the weights; auto: if the '
                       'checkpoint has them')
+  parser.add_argument('--temperature', action='store_true',
+                      help='freezes calibrated probabilities: the logits are divided by the number '
+                      'that eval_flowers.py --fit_temperature stored beside the checkpoint')
   parser.add_argument('--output_file', default='frozen_model_xception.pb',
                       help='name of the frozen graph, ending in .pb; the other formats are named '
                       'after it, and labels.txt and model.json are written beside it')
@@ -119,10 +122,11 @@ def main(args):
         config.class_names, config.image_size, args.calibration_images,
         **{'dataset_dir': comparison.DATASET_DIR, **dataset_options})
   settings = formats.Settings(args.batch_size, args.opset, args.nchw, calibration_images)
-  is_averaged = freeze.write_models(
+  weights = freeze.write_models(
       checkpoint, config, paths, images, args.use_averages, not args.nofold, args.precision,
-      settings, args.max_accuracy_loss)
-  print(f'Froze {checkpoint}' + ', averaged weights' * is_averaged
+      settings, args.max_accuracy_loss, args.temperature)
+  print(f'Froze {checkpoint}' + ', averaged weights' * weights['averaged_weights']
+        + (f', logits divided by {weights["temperature"]:.4g}' if args.temperature else '')
         + f': input node {models.INPUT_NODE}, float32 [{args.batch_size}, {config.image_size}, '
         f'{config.image_size}, 3] in [-1, 1]; output node {models.OUTPUT_NODE}, float32 '
         f'[{args.batch_size}, {config.num_classes}]; {flowers.LABELS_FILE} and {models.MODEL_FILE} '

@@ -19,6 +19,7 @@ import tf_slim as slim
 from common import files
 
 CONFIG_FILE = 'model_config.json'
+TEMPERATURE_FILE = 'temperature.json'
 NEXT_IMAGE = 'next_image'  # variable: the position that a resumed run continues from
 GLOB_CHARACTERS = '*?[\\'  # TensorFlow expands them when it restores
 FILE_SUFFIX = re.compile(r'\.(index|meta|data-\d{5}-of-(\d{5}))$')
@@ -242,6 +243,48 @@ def sha256(checkpoint):
   """
   index = f'{checkpoint}.index'
   return files.sha256(index if os.path.exists(index) else checkpoint)
+
+
+def read_result(path, checkpoint, uses_averages, image_size):
+  """Returns the content of a JSON file of eval_flowers.py that is about exactly these weights.
+
+  Args:
+    path: of a file like metrics.json.
+    checkpoint: path of the checkpoint, which may have been moved since.
+    uses_averages: whether the weights are Polyak averages.
+    image_size: height and width of the images in pixels.
+
+  Returns:
+    A dict, or None if the file is missing, damaged or about something else.
+  """
+  identity = {'checkpoint_sha256': sha256(checkpoint), 'uses_averages': uses_averages,
+              'image_size': image_size}
+  try:
+    with open(path, encoding='utf-8') as f:
+      found = json.load(f)
+    return found if identity.items() <= found.items() else None
+  except (AttributeError, OSError, TypeError, ValueError):
+    return None
+
+
+def temperature_file(checkpoint):
+  """Returns the path of the file beside a checkpoint in which its temperature is kept."""
+  return os.path.join(os.path.dirname(checkpoint), TEMPERATURE_FILE)
+
+
+def read_temperature(checkpoint, uses_averages, image_size):
+  """Returns what `eval_flowers.py --fit_temperature` stored about exactly these weights.
+
+  Args:
+    checkpoint, uses_averages, image_size: see `read_result`.
+
+  Returns:
+    A dict whose `temperature` is a number > 0, or None.
+  """
+  found = read_result(temperature_file(checkpoint), checkpoint, uses_averages, image_size)
+  temperature = found and found.get('temperature')
+  is_usable = isinstance(temperature, (int, float)) and 0 < temperature < float('inf')
+  return found if is_usable else None
 
 
 def save_config(config, log_dir):

@@ -336,7 +336,7 @@ class Workers(SingleWorker):
     positions = np.flatnonzero(rows[:, 0])
     return evaluation._replace(
         labels=rows[positions, 1].astype(np.int64), losses=rows[positions, 2],
-        probabilities=rows[positions, 3:], positions=positions)
+        probabilities=rows[positions, 3:], logits=None, positions=positions)
 
   def request_stop(self, run_context):
     self._wants_to_stop = True

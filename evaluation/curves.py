@@ -106,22 +106,29 @@ def compute_thresholds(labels, probabilities):
 
 def to_dict(curves):
   """Returns the entries of metrics.json, in types that json.dumps accepts; NaN becomes None."""
-  def numbers(values):
-    return [None if np.isnan(value) else value for value in values.tolist()]
-
-  calibration = curves.calibration
   return {
       **curves.averages,
+      **calibration_to_dict(curves.calibration),
+      'thresholds': [threshold._asdict() for threshold in curves.thresholds],
+      'areas': [dict(zip(('roc_auc', 'average_precision'), areas)) for areas in zip(
+          _numbers(curves.roc_auc), _numbers(curves.average_precision))],
+  }
+
+
+def calibration_to_dict(calibration):
+  """Returns a Calibration in types that json.dumps accepts; NaN becomes None."""
+  return {
       'expected_calibration_error': calibration.expected_error,
       'calibration': [
           {'confidence': confidence, 'accuracy': accuracy, 'num_images': num_images}
           for confidence, accuracy, num_images in zip(
-              numbers(calibration.confidence), numbers(calibration.accuracy),
+              _numbers(calibration.confidence), _numbers(calibration.accuracy),
               calibration.num_images.tolist())],
-      'thresholds': [threshold._asdict() for threshold in curves.thresholds],
-      'areas': [dict(zip(('roc_auc', 'average_precision'), areas)) for areas in zip(
-          numbers(curves.roc_auc), numbers(curves.average_precision))],
   }
+
+
+def _numbers(values):
+  return [None if np.isnan(value) else value for value in values.tolist()]
 
 
 def format_thresholds(thresholds):

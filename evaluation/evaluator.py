@@ -29,6 +29,9 @@ Evaluation = collections.namedtuple('Evaluation', [
     'labels',  # int64 [num_images]
     'probabilities',  # float32 [num_images, num_classes]
     'losses',  # float32 [num_images], cross-entropies
+    # float32 [num_images, num_classes], up to a constant for each image; None of several workers.
+    # Unlike probabilities, they do not underflow.
+    'logits',
     'positions',  # int64 [num_images], record numbers in ascending order, without bad records
     'images',  # {index: float32 [height, width, 3] in [-1, 1]} of the requested images
     'mistakes',  # indices of the most confident wrong predictions, the most confident first
@@ -80,8 +83,8 @@ def run_pass(reader, predict, num_batches=1, image_indices=(), num_mistakes=0,
 
   Args:
     reader: ImageReader.
-    predict: function of a list of batches that returns a (probabilities,
-      losses) pair for each.
+    predict: function of a list of batches that returns (probabilities, losses,
+      logits) for each.
     num_batches: batches per call of predict; the last call may get fewer.
     image_indices: indices of images to return.
     num_mistakes: number of the most confident mistakes whose images are returned too.
@@ -91,17 +94,18 @@ def run_pass(reader, predict, num_batches=1, image_indices=(), num_mistakes=0,
     An Evaluation, possibly without any image; uses_averages is None.
   """
   keeper = _ImageKeeper(image_indices, num_mistakes)
-  columns = [(np.zeros(0, np.int64), np.zeros([0, reader.dataset.num_classes], np.float32),
-              np.zeros(0, np.float32), np.zeros(0, np.int64))]
+  no_scores = np.zeros([0, reader.dataset.num_classes], np.float32)
+  columns = [(np.zeros(0, np.int64), no_scores, np.zeros(0, np.float32), no_scores,
+              np.zeros(0, np.int64))]
   # After an exception, the traceback would keep the iterator alive, and at exit its open session
   # makes Python hang.
   with contextlib.closing(iter(reader)) as batches, tqdm.tqdm(
       total=reader.num_images, unit=' images',
       disable=None if show_progress else True) as progress:
     while group := list(itertools.islice(batches, num_batches)):
-      for (images, labels, positions), (probabilities, losses) in zip(group, predict(group)):
-        columns.append((labels, probabilities, losses, positions))
-        keeper.add(images, labels, probabilities)
+      for (images, labels, positions), scores in zip(group, predict(group)):
+        columns.append((labels, *scores, positions))
+        keeper.add(images, labels, scores[0])
         progress.update(len(images))
   return Evaluation(*(np.concatenate(column) for column in zip(*columns)), keeper.images,
                     keeper.mistakes, None)
@@ -195,16 +199,17 @@ class Evaluator:
     return uses_averages
 
   def _predict(self, batches):
-    """Returns probabilities and losses of batches, of which there are no more than towers."""
+    """Returns probabilities, losses and logits of no more batches than there are towers."""
     fetches, feeds = [], {}
     for tower, (images, labels, _) in zip(self._towers, batches):
-      fetches.append([tower.probabilities, tower.losses])
+      fetches.append([tower.probabilities, tower.losses, tower.logits])
       feeds[tower.images] = images
       feeds[tower.labels] = labels
     return self._session.run(fetches, feeds)
 
 
-_Tower = collections.namedtuple('_Tower', ['images', 'labels', 'probabilities', 'losses'])
+_Tower = collections.namedtuple('_Tower', ['images', 'labels', 'probabilities', 'losses',
+                                              'logits'])
 
 
 def _build_tower(config):
@@ -214,7 +219,7 @@ def _build_tower(config):
   logits, end_points = xception.xception(
       images, config.num_classes, is_training=False, depth_multiplier=config.depth_multiplier)
   losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
-  return _Tower(images, labels, end_points['Predictions'], losses)
+  return _Tower(images, labels, end_points['Predictions'], losses, logits)
 
 
 class _ImageKeeper:

@@ -207,30 +207,37 @@ def draw_curves(kind, result, values, class_names):
     return _png(figure, bbox_inches='tight', pad_inches=0.2)
 
 
-def draw_calibration(calibration):
+def draw_calibration(calibration, scaled=None):
   """Draws a reliability diagram, with the number of images in each bin below it.
 
   Args:
     calibration: curves.Calibration.
+    scaled: temperature.Scaled that is drawn beside it, or None.
 
   Returns:
     Bytes of a PNG file.
   """
-  num_bins = len(calibration.num_images)
-  edges = np.arange(num_bins) / num_bins
-  figure = Figure(figsize=(5, 6), layout='constrained')
-  upper, lower = figure.subplots(2, sharex=True, height_ratios=[4, 1])
-  upper.bar(edges, np.nan_to_num(calibration.accuracy), 1 / num_bins, align='edge',
-            color='tab:blue', edgecolor='white')
-  upper.plot([0, 1], [0, 1], color='grey', linestyle='--', label='perfect calibration')
-  upper.plot(calibration.confidence, calibration.accuracy, 'o', color='crimson',
-             label='mean of a bin')
-  upper.set(ylabel='accuracy', xlim=(0, 1), ylim=(0, 1.02),
-            title=f'Expected calibration error: {calibration.expected_error:.4f}')
-  upper.legend(loc='upper left', frameon=False)
-  lower.bar(edges, calibration.num_images, 1 / num_bins, align='edge', color='0.6',
-            edgecolor='white')
-  lower.set(xlabel='probability of the predicted class', ylabel='images')
+  panels = [('', calibration)] if scaled is None else [
+      ('As the network predicts\n', calibration),
+      (f'At temperature {scaled.temperature:.4g}, fitted on {scaled.fitted_on}\n',
+       scaled.calibration)]
+  figure = Figure(figsize=(5 * len(panels), 6), layout='constrained')
+  axes = figure.subplots(2, len(panels), sharex=True, sharey='row', squeeze=False,
+                         height_ratios=[4, 1])
+  edges = np.arange(len(calibration.num_images)) / len(calibration.num_images)
+  for (upper, lower), (title, values) in zip(axes.T, panels):
+    upper.bar(edges, np.nan_to_num(values.accuracy), 1 / len(edges), align='edge',
+              color='tab:blue', edgecolor='white')
+    upper.plot([0, 1], [0, 1], color='grey', linestyle='--', label='perfect calibration')
+    upper.plot(values.confidence, values.accuracy, 'o', color='crimson', label='mean of a bin')
+    upper.set(xlim=(0, 1), ylim=(0, 1.02),
+              title=f'{title}Expected calibration error: {values.expected_error:.4f}')
+    lower.bar(edges, values.num_images, 1 / len(edges), align='edge', color='0.6',
+              edgecolor='white')
+    lower.set(xlabel='probability of the predicted class')
+  axes[0, 0].set(ylabel='accuracy')
+  axes[0, 0].legend(loc='upper left', frameon=False)
+  axes[1, 0].set(ylabel='images')
   return _png(figure)
 
 

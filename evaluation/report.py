@@ -17,13 +17,14 @@ from evaluation import curves
 from evaluation import evaluator
 from evaluation import metrics
 from evaluation import pictures
+from evaluation import temperature
 from records import flowers
 
 # Keeps the loss finite where a probability is rounded to 0.
 MIN_PROBABILITY = np.finfo(np.float32).tiny
 
 
-def write(folder, writer, result, computed, picture_indices, class_names, about):
+def write(folder, writer, result, computed, scaled, picture_indices, class_names, about):
   """Writes the files and events of one evaluation.
 
   Args:
@@ -31,16 +32,19 @@ def write(folder, writer, result, computed, picture_indices, class_names, about)
     writer: tf.summary.FileWriter.
     result: evaluator.Evaluation.
     computed: its metrics.Metrics.
+    scaled: its temperature.Scaled, or None.
     picture_indices: indices of the images in predictions.png.
     class_names: list of names.
     about: dict that describes the evaluation in metrics.json; has global_step.
 
   Returns:
-    Names of the files.
+    values: dict of the entries of metrics.json.
+    files: names of the files.
   """
   found = curves.compute(result.labels, result.probabilities)
-  drawn = _draw_pictures(result, computed, found, picture_indices, class_names)
-  values = {**metrics.to_dict(computed, class_names), **curves.to_dict(found), **about}
+  drawn = _draw_pictures(result, computed, found, scaled, picture_indices, class_names)
+  values = {**metrics.to_dict(computed, class_names), **curves.to_dict(found),
+            'calibrated': scaled and temperature.to_dict(scaled), **about}
   for entry, areas in zip(values['classes'], values.pop('areas')):
     entry.update(areas)
   text = json.dumps(values, indent=2, ensure_ascii=False) + '\n'
@@ -55,8 +59,8 @@ def write(folder, writer, result, computed, picture_indices, class_names, about)
   table = metrics.format_table(computed, class_names)
   if found.thresholds:
     table += f'\n\n{curves.format_thresholds(found.thresholds)}'
-  _write_events(writer, computed, found, drawn, table, about['global_step'])
-  return list(contents)
+  _write_events(writer, computed, found, scaled, drawn, table, about['global_step'])
+  return values, list(contents)
 
 
 def _format_predictions(result, class_names):
@@ -77,7 +81,7 @@ def _format_predictions(result, class_names):
   return text.getvalue()
 
 
-def _draw_pictures(result, computed, found, picture_indices, class_names):
+def _draw_pictures(result, computed, found, scaled, picture_indices, class_names):
   """Returns {name: bytes of a PNG file} of the pictures of an Evaluation."""
   num_mistakes = computed.num_images - computed.num_correct
   return {
@@ -89,11 +93,11 @@ def _draw_pictures(result, computed, found, picture_indices, class_names):
           result, picture_indices, class_names, 'Images from the whole split'),
       'roc': pictures.draw_curves('roc', result, found, class_names),
       'precision_recall': pictures.draw_curves('precision_recall', result, found, class_names),
-      'calibration': pictures.draw_calibration(found.calibration),
+      'calibration': pictures.draw_calibration(found.calibration, scaled),
   }
 
 
-def _write_events(writer, computed, found, drawn, table, step):
+def _write_events(writer, computed, found, scaled, drawn, table, step):
   """Adds metrics, pictures and the table to TensorBoard at the checkpoint's step."""
   # Tags of train_flowers.py, so that both curves share one chart.
   scalars = {'accuracy': computed.accuracy, 'losses/cross_entropy': computed.loss,
@@ -103,6 +107,10 @@ def _write_events(writer, computed, found, drawn, table, step):
                   if averages['macro'] is not None})
   if computed.top_5_accuracy is not None:
     scalars['top_5_accuracy'] = computed.top_5_accuracy
+  if scaled:
+    scalars.update({
+        'calibrated/temperature': scaled.temperature, 'calibrated/cross_entropy': scaled.loss,
+        'calibrated/expected_calibration_error': scaled.calibration.expected_error})
   values = [tf.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
   values += [tf.Summary.Value(tag=tag, image=tf.Summary.Image(encoded_image_string=png))
              for tag, png in drawn.items()]
@@ -169,7 +177,7 @@ class SplitEvaluation:
     self._picture_indices = np.linspace(
         0, dataset.num_samples - 1, num_pictures).astype(int).tolist()
 
-  def of_checkpoints(self, devices, use_averages, image_size=None):
+  def of_checkpoints(self, devices, use_averages, image_size=None, fit_temperature=False):
     """Returns a function that evaluates the checkpoints of a training run, one per call.
 
     The function takes a checkpoint's path and returns what `_report` returns. It
@@ -180,11 +188,16 @@ class SplitEvaluation:
       devices, use_averages: see `evaluator.Evaluator`.
       image_size: height and width of the images in pixels; None is the size that
         the network was trained with.
+      fit_temperature: whether to fit a temperature and store it beside the checkpoint;
+        the function then also raises a temperature.TemperatureError or an OSError.
+        Otherwise a temperature that is stored there is used.
     """
     config = evaluate_checkpoint = None
 
     def evaluate(checkpoint):
       nonlocal config, evaluate_checkpoint
+      if fit_temperature:
+        _require_writable(os.path.dirname(checkpoint) or '.')
       if evaluate_checkpoint is None:
         config = checkpoints.load_config(checkpoint)
         config = dataclasses.replace(config, image_size=image_size or config.image_size)
@@ -194,8 +207,12 @@ class SplitEvaluation:
       about = _describe_checkpoint(checkpoint)
       result = evaluate_checkpoint(checkpoint, use_averages, self._picture_indices,
                                    pictures.MAX_GRID_IMAGES)
-      return self._report(result, {**about, 'image_size': config.image_size,
-                                   'uses_averages': result.uses_averages})
+      about = {**about, 'image_size': config.image_size, 'uses_averages': result.uses_averages}
+      scaled = self._scale(result, about, fit_temperature)
+      computed, values, file_names = self._report(result, about, scaled)
+      if fit_temperature:
+        self._store_temperature(about, values)
+      return computed, values, file_names
     return evaluate
 
   def of_frozen_model(self, path, model):
@@ -213,8 +230,8 @@ class SplitEvaluation:
     def predict(batches):
       for images, labels, _ in batches:
         probabilities = model.predict(images)
-        chosen = probabilities[np.arange(len(labels)), labels]
-        yield probabilities, -np.log(np.maximum(chosen, MIN_PROBABILITY))
+        logits = np.log(np.maximum(probabilities, MIN_PROBABILITY))
+        yield probabilities, -logits[np.arange(len(labels)), labels], logits
 
     reader = evaluator.ImageReader(self._dataset, self._batch_size, model.image_size)
     result = evaluator.run_pass(reader, predict, 1, self._picture_indices,
@@ -235,16 +252,49 @@ class SplitEvaluation:
             f'has {len(self.class_names)}; the first difference is {label}:{trained} there and '
             f'{label}:{here} here')
 
-  def _report(self, result, about):
+  def _scale(self, result, about, fit_temperature):
+    """Returns the temperature.Scaled of an Evaluation, or None without a temperature.
+
+    Args:
+      result: evaluator.Evaluation.
+      about: dict that identifies the weights.
+      fit_temperature: whether to fit a temperature or to use the stored one.
+    """
+    if fit_temperature:
+      found = {'temperature': temperature.fit(result.labels, result.logits), **self._about}
+    else:
+      found = checkpoints.read_temperature(
+          about['checkpoint'], about['uses_averages'], about['image_size'])
+    return found and temperature.scale(result.labels, result.logits, found['temperature'],
+                                       found.get('dataset_split_name', 'an unknown split'))
+
+  def _store_temperature(self, about, values):
+    """Writes the temperature that was fitted beside its checkpoint.
+
+    Args:
+      about: dict that identifies the weights.
+      values: dict of the entries of metrics.json.
+    """
+    before, after = (
+        {name: entries[name] for name in ('loss', 'expected_calibration_error')}
+        for entries in (values, values['calibrated']))
+    text = json.dumps({
+        'temperature': values['calibrated']['temperature'], **about, **self._about,
+        'num_images': values['num_images'], 'before': before, 'after': after}, indent=2)
+    files.write_atomically(checkpoints.temperature_file(about['checkpoint']),
+                           (text + '\n').encode())
+
+  def _report(self, result, about, scaled=None):
     """Writes files and events.
 
     Args:
       result: evaluator.Evaluation.
       about: dict that describes the network; has global_step.
+      scaled: temperature.Scaled, or None.
 
     Returns:
       computed: metrics.Metrics.
-      about: dict of all other entries of metrics.json.
+      about: dict of all entries of metrics.json.
       files: names of the files.
     """
     if self._writer is None:
@@ -261,9 +311,9 @@ class SplitEvaluation:
     about = {'num_bad_records': len(bad_numbers), **about, **self._about}
     # With bad records, there are fewer images than records.
     indices = [index for index in self._picture_indices if index in result.images]
-    file_names = write(self._log_eval, self._writer, result, computed, indices,
-                       self.class_names, about)
-    return computed, about, file_names
+    values, file_names = write(self._log_eval, self._writer, result, computed, scaled, indices,
+                               self.class_names, about)
+    return computed, values, file_names
 
 
 def _describe_checkpoint(checkpoint):

@@ -1,6 +1,6 @@
 """Freezes a checkpoint and writes it in one or more formats.
 
-  graph_def, predict, is_averaged = freeze.freeze(checkpoint, config)
+  graph_def, predict, weights = freeze.freeze(checkpoint, config)
 """
 
 import importlib.metadata
@@ -29,7 +29,7 @@ import xception_preprocessing
 
 # Entries of model.json that may differ between files that several runs wrote into one folder.
 ORIGIN_KEYS = ('image_size', 'depth_multiplier', 'checkpoint', 'global_step', 'averaged_weights',
-               'folded', 'precision', 'versions')
+               'temperature', 'folded', 'precision', 'versions')
 
 
 class FreezeError(Exception):
@@ -46,24 +46,28 @@ def softmax(logits, scope):
     return tf.nn.softmax(logits, name='Softmax')
 
 
-def freeze(checkpoint, config, use_averages='auto'):
+def freeze(checkpoint, config, use_averages='auto', use_temperature=False):
   """Builds the inference graph of a checkpoint, with its weights as constants.
 
   Args:
     checkpoint: path of the checkpoint.
     config: its ModelConfig.
     use_averages: 'auto', 'yes' or 'no', see `checkpoints.inference_saver`.
+    use_temperature: whether to divide the logits by the temperature that is stored
+      beside the checkpoint.
 
   Returns:
     graph_def: tf.GraphDef with nodes `input`, float32
       [None, image_size, image_size, 3] in [-1, 1], and `output`, float32
       [None, num_classes], the softmax.
     predict: function of images as for `input` that returns the probabilities of
-      the checkpoint itself.
-    is_averaged: whether the weights are Polyak averages.
+      the checkpoint itself, at the same temperature.
+    weights: {'averaged_weights': whether they are Polyak averages, 'temperature':
+      the temperature, or None}.
 
   Raises:
-    checkpoints.CheckpointError: the checkpoint cannot be restored.
+    checkpoints.CheckpointError: the checkpoint cannot be restored, or has no
+      temperature.
   """
   # A GPU's TF32 would be further from the written files than their bounds allow.
   session = tf.Session(graph=tf.Graph(), config=runtimes.session_config(use_gpu=False))
@@ -82,9 +86,27 @@ def freeze(checkpoint, config, use_averages='auto'):
     except (tf.errors.OpError, ValueError) as error:
       raise checkpoints.CheckpointError(
           f'{checkpoint} cannot be restored: {errors.reason(error)}') from error
+    temperature = None
+    if use_temperature:
+      temperature = _find_temperature(checkpoint, is_averaged, config.image_size)
+      # Dividing the weights needs no operation that some other program might lack.
+      for variable in slim.get_model_variables('Xception/Logits'):
+        variable.load(session.run(variable) / temperature, session)
     graph_def = tf.graph_util.convert_variables_to_constants(
         session, session.graph.as_graph_def(), [models.OUTPUT_NODE])
-  return graph_def, lambda batch: session.run(output, {images: batch}), is_averaged
+  return graph_def, lambda batch: session.run(output, {images: batch}), {
+      'averaged_weights': is_averaged, 'temperature': temperature}
+
+
+def _find_temperature(checkpoint, is_averaged, image_size):
+  found = checkpoints.read_temperature(checkpoint, is_averaged, image_size)
+  if found is None:
+    weights = 'Polyak averages' if is_averaged else 'the weights as trained'
+    raise checkpoints.CheckpointError(
+        f'{checkpoints.temperature_file(checkpoint)} has no temperature for {weights} of '
+        f'{checkpoint} at {image_size} pixels: run eval_flowers.py --fit_temperature for them '
+        'first, or leave out --temperature')
+  return found['temperature']
 
 
 def plan_files(format_names, output_file):
@@ -136,13 +158,13 @@ def write_drafts(graph_def, class_names, paths, folder, settings=formats.Setting
   return drafts
 
 
-def _describe_origin(checkpoint, config, is_averaged, fold, precision, format_names):
+def _describe_origin(checkpoint, config, weights, fold, precision, format_names):
   """Returns what model.json says about the making of a file."""
   packages = ['tensorflow', 'tf-slim', 'numpy'] + ['tf2onnx'] * any(
       name.startswith('onnx') for name in format_names)
   return dict(zip(ORIGIN_KEYS, [
       config.image_size, config.depth_multiplier, checkpoint, checkpoints.global_step(checkpoint),
-      is_averaged, fold, precision,
+      weights['averaged_weights'], weights['temperature'], fold, precision,
       {'python': platform.python_version(),
        **{name: importlib.metadata.version(name) for name in packages}}]))
 
@@ -203,19 +225,11 @@ def find_metrics(checkpoint, is_averaged, image_size):
     image_size: height and width of the images in pixels.
   """
   folder = os.path.dirname(checkpoint)
-  identity = {'checkpoint_sha256': checkpoints.sha256(checkpoint),
-              'uses_averages': is_averaged, 'image_size': image_size}
-  for path in (os.path.join(folder, 'metrics.json'),
-               os.path.join(folder, 'eval', 'metrics.json'),
-               os.path.join(os.path.dirname(folder), 'eval', 'metrics.json')):
-    try:
-      with open(path, encoding='utf-8') as f:
-        metrics = json.load(f)
-      if identity.items() <= metrics.items():
-        return metrics
-    except (AttributeError, OSError, TypeError, ValueError):
-      continue
-  return None
+  paths = (os.path.join(folder, 'metrics.json'),
+           os.path.join(folder, 'eval', 'metrics.json'),
+           os.path.join(os.path.dirname(folder), 'eval', 'metrics.json'))
+  found = (checkpoints.read_result(path, checkpoint, is_averaged, image_size) for path in paths)
+  return next(filter(None, found), None)
 
 
 def _replace(source, target):
@@ -230,7 +244,7 @@ def _replace(source, target):
 
 def write_models(checkpoint, config, paths, images=None, use_averages='auto', fold=True,
                  precision='float32', settings=formats.Settings(),
-                 max_accuracy_loss=comparison.MAX_ACCURACY_LOSS):
+                 max_accuracy_loss=comparison.MAX_ACCURACY_LOSS, use_temperature=False):
   """Freezes a checkpoint and writes it in several formats, with labels.txt and model.json.
 
   No file gets its final name before all have been compared with the checkpoint.
@@ -245,16 +259,18 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
     precision: one of models.PRECISIONS.
     settings: formats.Settings.
     max_accuracy_loss: see `comparison.verify`.
+    use_temperature: see `freeze`.
 
   Returns:
-    Whether the weights are Polyak averages.
+    The weights' description, see `freeze`.
 
   Raises:
+    checkpoints.CheckpointError: see `freeze`.
     comparison.ComparisonError: a file's predictions differ from the checkpoint's.
   """
   folder = os.path.dirname(next(iter(paths.values()))) or '.'
   other_files = read_other_files(folder, paths)
-  graph_def, predict, is_averaged = freeze(checkpoint, config, use_averages)
+  graph_def, predict, weights = freeze(checkpoint, config, use_averages, use_temperature)
   if fold:
     graph_def = folding.fold(graph_def, models.OUTPUT_NODE)
   if precision == 'bfloat16':
@@ -265,7 +281,7 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
     drafts = write_drafts(graph_def, config.class_names, paths, temporary, settings)
     comparisons = comparison.verify(
         drafts, images, predict, precision, max_accuracy_loss) if images else {}
-    origin = _describe_origin(checkpoint, config, is_averaged, fold, precision, paths)
+    origin = _describe_origin(checkpoint, config, weights, fold, precision, paths)
     description = {
         'input_range': [-1, 1],
         'preprocessing': f'central {xception_preprocessing.CENTRAL_FRACTION} of each side, '
@@ -274,11 +290,11 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
         'class_names': config.class_names,
         **origin,
         'files': _describe_files(drafts, comparisons, origin) + other_files,
-        'metrics': find_metrics(checkpoint, is_averaged, config.image_size),
+        'metrics': find_metrics(checkpoint, weights['averaged_weights'], config.image_size),
     }
     with open(os.path.join(temporary, models.MODEL_FILE), 'w', encoding='utf-8') as f:
       json.dump(description, f, indent=2, ensure_ascii=False)
       f.write('\n')
     for name in os.listdir(temporary):
       _replace(os.path.join(temporary, name), os.path.join(folder, name))
-  return is_averaged
+  return weights

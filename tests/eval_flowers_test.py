@@ -22,6 +22,7 @@ from evaluation import curves
 from evaluation import evaluator
 from evaluation import metrics
 from evaluation import report
+from evaluation import temperature
 from export import models
 import pipeline_test
 from records import flowers
@@ -250,6 +251,104 @@ class OnceTest(EvalTestCase):
     with mock.patch.object(os, 'access', return_value=False):  # root may write anywhere
       with self.assertRaisesRegex(PermissionError, f'new/eval: {self.dir} is read-only'):
         evaluate('--log_dir', self.log_dir, '--log_eval', os.path.join(self.dir, 'new', 'eval'))
+
+
+class TemperatureTest(EvalTestCase):
+
+  def setUp(self):
+    super().setUp()
+    self.checkpoint = small_model.write_checkpoint(self.log_dir)
+    self.file = os.path.join(self.log_dir, 'temperature.json')
+
+  def evaluate(self, *args):
+    """Evaluates at a size that the network makes mistakes at."""
+    return evaluate('--log_dir', self.log_dir, '--image_size', '80', *args)
+
+  def read_temperature(self):
+    with open(self.file, encoding='utf-8') as f:
+      return json.load(f)
+
+  def test_fit_then_judge_on_another_split(self):
+    output = self.evaluate('--fit_temperature')
+    stored, found = self.read_temperature(), self.read_metrics()
+    value, calibrated = stored['temperature'], found['calibrated']
+    self.assertGreater(value, 2)  # the network is sure of its mistakes
+    self.assertEqual((calibrated['temperature'], calibrated['fitted_on']), (value, 'validation'))
+    self.check_probabilities(found)
+    before, after = stored['before'], stored['after']
+    self.assertEqual(before, {key: found[key] for key in before})
+    self.assertEqual(after, {key: calibrated[key] for key in after})
+    self.assertLess(after['loss'], 0.5 * before['loss'])
+    self.assertLess(after['expected_calibration_error'], 0.5 * before['expected_calibration_error'])
+    self.assertEqual(
+        [stored[key] for key in ('checkpoint', 'checkpoint_sha256', 'global_step', 'uses_averages',
+                                 'image_size', 'dataset_split_name', 'dataset_dir', 'num_images')],
+        [self.checkpoint, found['checkpoint_sha256'], 7, False, 80, 'validation', DATASET_DIR, 100])
+    self.assertContainsSubset({('calibrated/temperature', 7), ('calibrated/cross_entropy', 7),
+                               ('calibrated/expected_calibration_error', 7)}, self.events())
+    self.assertIn(f'\nTemperature: {value:.4f}, fitted on the validation split, in {self.file}\n'
+                  f'At this temperature: loss {after["loss"]:.4f}, expected calibration error '
+                  f'{after["expected_calibration_error"]:.4f} instead of '
+                  f'{before["expected_calibration_error"]:.4f}\n', output)
+
+    self.without_pictures()
+    test_dir = self.write_test_split()
+    output = self.evaluate('--dataset_dir', test_dir, '--dataset_split_name', 'test')
+    self.assertIn(f'\nTemperature: {value:.4f}, fitted on the validation split, ', output)
+    self.assertEqual(self.read_temperature(), stored)
+    found = self.read_metrics()
+    self.assertEqual((found['num_images'], found['calibrated']['temperature']), (30, value))
+    self.assertNotEqual(found['calibrated']['loss'], calibrated['loss'])
+    self.check_probabilities(found)
+
+  def check_probabilities(self, found):
+    """Compares the metrics with predictions.csv, whose probabilities are the network's own."""
+    rows = self.read_predictions()[1]
+    labels, powers = rows[:, 1].astype(int), rows[:, 3:]**(1 / found['calibrated']['temperature'])
+    probabilities = powers / powers.sum(1, keepdims=True)
+    self.assertAllClose(found['calibrated']['loss'],
+                        -np.log(probabilities[range(len(labels)), labels]).mean(), atol=1e-5)
+    self.assertEqual(sum(row['num_images'] * (row['accuracy'] or 0)
+                         for row in found['calibrated']['calibration']), found['num_correct'])
+
+  def write_test_split(self):
+    """Makes a test split of 30 of the validation images; returns its folder."""
+    shutil.copy(os.path.join(DATASET_DIR, 'labels.txt'), self.dir)
+    original = flowers.get_split('validation', DATASET_DIR)
+    path = os.path.join(self.dir, flowers.shard_name('test', 0, 1))
+    with tf.python_io.TFRecordWriter(path) as writer:
+      for number in range(30):
+        writer.write(original.records[number])
+    return self.dir
+
+  def test_temperature_of_other_weights_is_not_used(self):
+    self.without_pictures()
+    self.evaluate('--fit_temperature')
+    self.evaluate('--image_size', '81')
+    self.assertIsNone(self.read_metrics()['calibrated'])
+    small_model.write_checkpoint(self.log_dir, is_fitted=False)  # under the same name
+    self.assertNotIn('emperature', self.evaluate())
+    self.assertIsNone(self.read_metrics()['calibrated'])
+
+  def test_without_a_best_temperature(self):
+    self.without_pictures()
+    with open(self.file, 'w') as f:
+      f.write('kept')
+    with self.assertRaisesRegex(temperature.TemperatureError, '100 of 100 predictions are right'):
+      evaluate('--log_dir', self.log_dir, '--fit_temperature')
+    with self.assertRaisesRegex(PermissionError, f'into {self.log_dir}: .* is read-only'), \
+         mock.patch.object(os, 'access', side_effect=lambda path, _: path != self.log_dir):
+      self.evaluate('--fit_temperature', '--log_eval', os.path.join(self.dir, 'eval'))
+    with open(self.file) as f:
+      self.assertEqual(f.read(), 'kept')
+    self.assertEqual(glob.glob(os.path.join(self.dir, '**', 'metrics.json'), recursive=True), [])
+
+  def test_what_it_cannot_be_combined_with(self):
+    for options, message in [(['--graph', 'model.pb'], 'a frozen model has only probabilities'),
+                             (['--watch'], 'leave out --watch')]:
+      with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as errors:
+        eval_flowers.parse_args(['--fit_temperature', *options])
+      self.assertIn(message, errors.getvalue())
 
 
 class GraphTest(EvalTestCase):

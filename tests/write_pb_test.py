@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import tempfile
 from unittest import mock
 
 import numpy as np
+from scipy import special
 import tensorflow.compat.v1 as tf
 
 from common import checkpoints
@@ -25,6 +27,7 @@ from scripts import DATASET_DIR
 import small_model
 import write_pb
 
+HAS_ONNX = all(importlib.util.find_spec(name) for name in ('tf2onnx', 'onnxruntime'))
 ROW = re.compile(r'^(\w+) +([\d,]+) +(\S+) +(\S+)% +(\S+)$', re.MULTILINE)
 # Formats that TensorFlow alone writes and runs.
 FORMATS = 'pb,saved_model,tflite,tflite_float16,tflite_int8,jpeg_pb'
@@ -171,6 +174,57 @@ class WritePbTest(tf.test.TestCase):
         shutil.copytree(folder, os.path.join(other, 'eval'))
       self.write('--noverify', log_dir=log_dir)
       self.assertEqual(self.model_file()['metrics'], expected)
+
+  def store_temperature(self, **changed):
+    """Writes a temperature of 8 beside the checkpoint, as eval_flowers.py does."""
+    path = os.path.join(self.log_dir, 'temperature.json')
+    with open(path, 'w') as f:
+      json.dump({'temperature': 8.0, 'checkpoint_sha256': files.sha256(f'{self.checkpoint}.index'),
+                 'uses_averages': False, 'image_size': 71, **changed}, f)
+    self.addCleanup(os.remove, path)
+
+  def read_nodes(self, images, *names):
+    """Returns the values of nodes of the .pb."""
+    with tf.Graph().as_default(), tf.Session() as session:
+      tf.import_graph_def(read_graph(self.pb), name='')
+      return session.run([f'{name}:0' for name in names], {'input:0': images})
+
+  def test_temperature(self):
+    images, _ = small_model.validation_images()
+    self.write('--noverify')
+    logits, = self.read_nodes(images, 'Xception/SpatialSqueeze')
+    self.assertIsNone(self.model_file()['temperature'])
+    expected = special.softmax(logits / 8.0, axis=1)
+    self.store_temperature()
+    names = 'pb,saved_model,tflite,jpeg_pb' + ',onnx' * HAS_ONNX
+    output = self.write('--temperature', '--formats', names)
+    self.assertIn(f'Froze {self.checkpoint}, logits divided by 8: input node', output)
+    self.assertEqual([file['temperature'] for file in self.model_file()['files']],
+                     [8.0] * len(self.model_file()['files']))
+    # The checkpoint that the files are compared with has the temperature too.
+    differences = {name: float(difference) for name, _, difference, _, _ in ROW.findall(output)}
+    self.assertLess(differences['pb'], 1e-5)
+    self.assertGreater(np.abs(special.softmax(logits, axis=1) - expected).max(), 0.1)
+    for name, path in freeze.plan_files(names.split(','), self.pb).items():
+      batch = comparison.find_images(71, DATASET_DIR).encoded if name == 'jpeg_pb' else images
+      self.assertAllClose(models.load(path).predict(batch), expected, rtol=0, atol=1e-5, msg=name)
+    scaled, probabilities = self.read_nodes(images, 'Xception/SpatialSqueeze', 'output')
+    self.assertAllClose(scaled, logits / 8.0, rtol=0, atol=1e-5)
+    self.assertAllClose(probabilities, expected, rtol=0, atol=1e-5)
+    for option in (['--nofold'], ['--precision', 'bfloat16']):
+      self.write('--temperature', '--noverify', *option)
+      self.assertAllClose(models.load(self.pb).predict(images), expected, rtol=0,
+                          atol=1e-5 if option == ['--nofold'] else formats.BFLOAT16_BOUND)
+
+  def test_no_temperature_of_these_weights(self):
+    message = ('temperature.json has no temperature for the weights as trained of '
+               f'{self.checkpoint} at 71 pixels: run eval_flowers.py --fit_temperature ')
+    with self.assertRaisesRegex(checkpoints.CheckpointError, message):
+      self.write('--temperature')
+    self.store_temperature(uses_averages=True)
+    with self.assertRaisesRegex(checkpoints.CheckpointError, message):
+      self.write('--temperature')
+    self.assertEmpty(os.listdir(self.dir))
 
   def test_every_file_keeps_its_own_description(self):
     self.write('--noverify', '--formats', 'jpeg_pb')

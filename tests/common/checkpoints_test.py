@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -184,6 +185,30 @@ class NextImageTest(CheckpointsTestCase):
     with self.assertRaisesRegex(checkpoints.CheckpointError,
                                 'was not written by train_flowers.py, which cannot resume'):
       checkpoints.next_image(self.save(1))
+
+
+class TemperatureTest(CheckpointsTestCase):
+
+  def test_only_of_exactly_these_weights(self):
+    checkpoint = self.save(1)
+    path = os.path.join(self.dir, 'temperature.json')
+    self.assertEqual(checkpoints.temperature_file(checkpoint), path)
+    self.assertIsNone(checkpoints.read_temperature(checkpoint, False, 71))
+    stored = {'temperature': 1.5, 'checkpoint_sha256': checkpoints.sha256(checkpoint),
+              'uses_averages': False, 'image_size': 71}
+    for content, is_used in [
+        (stored, True), ({**stored, 'more': []}, True), ({**stored, 'temperature': 2}, True),
+        ({**stored, 'uses_averages': True}, False), ({**stored, 'image_size': 80}, False),
+        ({**stored, 'checkpoint_sha256': checkpoints.sha256(self.save(2, True))}, False),
+        ({**stored, 'temperature': 0}, False), ({**stored, 'temperature': '2'}, False),
+        ({**stored, 'temperature': float('nan')}, False), ([1.5], False), (1.5, False)]:
+      with open(path, 'w', encoding='utf-8') as f:
+        json.dump(content, f)
+      self.assertEqual(checkpoints.read_temperature(checkpoint, False, 71),
+                       content if is_used else None)
+    with open(path, 'wb') as f:
+      f.write(b'\xff')
+    self.assertIsNone(checkpoints.read_temperature(checkpoint, False, 71))
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ import tensorflow.compat.v1 as tf
 from evaluation import curves
 from evaluation import evaluator
 from evaluation import pictures
+from evaluation import temperature
 
 DARK_BLUE = (8, 48, 107)  # the upper end of matplotlib's Blues
 
@@ -101,7 +102,7 @@ class PredictionsTest(tf.test.TestCase):
     return evaluator.Evaluation(
         labels=np.array([0, 1, 1]),
         probabilities=np.array([[0.9, 0.1], [0.2, 0.8], [0.75, 0.25]], np.float32),
-        losses=np.zeros(3), positions=np.array([0, 4, 7]), images=images, mistakes=[2],
+        losses=np.zeros(3), logits=None, positions=np.array([0, 4, 7]), images=images, mistakes=[2],
         uses_averages=None)
 
   def test_images_names_probabilities_and_records(self):
@@ -130,7 +131,7 @@ class CurvesTest(tf.test.TestCase):
     labels = np.repeat(np.arange(num_classes), 3)
     probabilities = np.eye(num_classes)[labels]
     probabilities[:, 0] = 0.1 * (labels != 0)
-    result = evaluator.Evaluation(labels, probabilities, None, None, {}, [], None)
+    result = evaluator.Evaluation(labels, probabilities, None, None, None, {}, [], None)
     found = curves.compute(labels, probabilities)
     names = [f'species {i}' for i in range(num_classes)]
     figures = []
@@ -165,6 +166,24 @@ class CurvesTest(tf.test.TestCase):
     self.assertEqual(upper.get_title(), 'Expected calibration error: 0.1000')
     self.assertAllClose([bar.get_height() for bar in upper.patches], [0] * 6 + [0.5, 0, 0, 1])
     self.assertEqual([bar.get_height() for bar in lower.patches], [0] * 6 + [2, 0, 0, 1])
+
+  def test_calibration_at_a_temperature(self):
+    labels, logits = np.array([0, 1, 1]), np.array([[2, -1], [0, 1], [0, 0.1]])
+    before, after = (temperature.scale(labels, logits, value, 'test') for value in (1.0, 2.5))
+    figures = []
+    with mock.patch.object(pictures, '_png', figures.append):
+      pictures.draw_calibration(before.calibration, after)
+    upper_left, upper_right, lower_left, lower_right = figures[0].axes
+    self.assertEqual(upper_left.get_title(), 'As the network predicts\n'
+                     f'Expected calibration error: {before.calibration.expected_error:.4f}')
+    self.assertEqual(upper_right.get_title(), 'At temperature 2.5, fitted on test\n'
+                     f'Expected calibration error: {after.calibration.expected_error:.4f}')
+    # Probabilities 0.953, 0.731 and 0.525, then 0.769, 0.599 and 0.510; all are right.
+    for upper, lower, bins in [(upper_left, lower_left, [5, 7, 9]),
+                               (upper_right, lower_right, [5, 5, 7])]:
+      counts = np.bincount(bins, minlength=10)
+      self.assertAllEqual([bar.get_height() for bar in lower.patches], counts)
+      self.assertAllEqual([bar.get_height() for bar in upper.patches], np.minimum(counts, 1))
 
 
 class NamesTest(tf.test.TestCase):
