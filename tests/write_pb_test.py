@@ -211,10 +211,8 @@ class WritePbTest(tf.test.TestCase):
     scaled, probabilities = self.read_nodes(images, 'Xception/SpatialSqueeze', 'output')
     self.assertAllClose(scaled, logits / 8.0, rtol=0, atol=1e-5)
     self.assertAllClose(probabilities, expected, rtol=0, atol=1e-5)
-    for option in (['--nofold'], ['--precision', 'bfloat16']):
-      self.write('--temperature', '--noverify', *option)
-      self.assertAllClose(models.load(self.pb).predict(images), expected, rtol=0,
-                          atol=1e-5 if option == ['--nofold'] else formats.BFLOAT16_BOUND)
+    self.write('--temperature', '--noverify', '--nofold')
+    self.assertAllClose(models.load(self.pb).predict(images), expected, rtol=0, atol=1e-5)
 
   def test_no_temperature_of_these_weights(self):
     message = ('temperature.json has no temperature for the weights as trained of '
