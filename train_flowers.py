@@ -55,7 +55,7 @@ def build_graph(plan, args, recipe, workers):
       plan.dataset, args.batch_size, plan.config.image_size, plan.config.image_size,
       is_training=True, seed=plan.config.seed, first_image=plan.first_image,
       num_readers=args.num_readers, num_preprocessing_threads=args.num_preprocessing_threads,
-      worker=workers.index, num_workers=workers.size)
+      worker=workers.index, num_workers=workers.size, area_range=(recipe.min_crop_area, 1.0))
   class_weights = None
   if args.class_weights == 'balanced':
     class_weights = optimization.balanced_class_weights(flowers.count_labels(plan.dataset))

@@ -19,7 +19,7 @@ import tensorflow.compat.v1 as tf
 # Inception's distortions (TF-Slim, inception_preprocessing).
 MIN_OBJECT_COVERED = 0.1
 ASPECT_RATIO_RANGE = (0.75, 1.33)  # width / height of the crop
-AREA_RANGE = (0.05, 1.0)  # of the image's area
+AREA_RANGE = (0.05, 1.0)  # of the crop, in fractions of the image's area
 MAX_ATTEMPTS = 100
 MAX_BRIGHTNESS_DELTA = 32.0 / 255.0
 SATURATION_RANGE = (0.5, 1.5)
@@ -66,7 +66,7 @@ Distortion = collections.namedtuple('Distortion', [
 
 
 def preprocess_image(image, height, width, is_training=False, bbox=None, fast_mode=True,
-                     add_image_summaries=True, seed=None):
+                     add_image_summaries=True, seed=None, area_range=AREA_RANGE):
   """Turns a decoded image into the network's input.
 
   Args:
@@ -83,23 +83,25 @@ def preprocess_image(image, height, width, is_training=False, bbox=None, fast_mo
       distortion (in the current graph: summaries inside a tf.data map are lost).
     seed: integer [2]; the same seed distorts an image in the same way. None
       draws a new one at every step.
+    area_range: smallest and largest area of a training crop, in fractions of the
+      image's area in (0, 1].
 
   Returns:
     float32 [height, width, 3] in [-1, 1].
   """
   if is_training:
     return preprocess_for_train(image, height, width, bbox, fast_mode,
-                                add_image_summaries, seed)
+                                add_image_summaries, seed, area_range)
   return preprocess_for_eval(image, height, width)
 
 
 def preprocess_for_train(image, height, width, bbox=None, fast_mode=True,
-                         add_image_summaries=True, seed=None):
+                         add_image_summaries=True, seed=None, area_range=AREA_RANGE):
   """Distorts one image at random; arguments and result as `preprocess_image`."""
   with tf.name_scope('distort_image'):
     if seed is None:
       seed = tf.random.uniform([2], maxval=tf.int64.max, dtype=tf.int64)
-    distortion = draw_distortion(tf.shape(image), seed, bbox, fast_mode)
+    distortion = draw_distortion(tf.shape(image), seed, bbox, fast_mode, area_range)
     return apply_distortion(image, distortion, height, width, fast_mode,
                             bbox, add_image_summaries)
 
@@ -137,7 +139,7 @@ def _decode_other(encoded):
   return tf.ensure_shape(image, [None, None, 3])
 
 
-def decode_and_distort(encoded, height, width, seed):
+def decode_and_distort(encoded, height, width, seed, area_range=AREA_RANGE):
   """Decodes and distorts an image: a faster `preprocess_for_train(decode(encoded))`.
 
   Only the crop of a JPEG is decoded, whose window follows from the header, and
@@ -146,19 +148,19 @@ def decode_and_distort(encoded, height, width, seed):
 
   Args:
     encoded: string [], bytes of a file that `decode` decodes.
-    height, width, seed: as in `preprocess_image`.
+    height, width, seed, area_range: as in `preprocess_image`.
 
   Returns:
     float32 [height, width, 3] in [-1, 1].
   """
   def decode_crop_of_jpeg():
     shape = tf.image.extract_jpeg_shape(encoded)
-    distortion = draw_distortion(shape, seed)
+    distortion = draw_distortion(shape, seed, area_range=area_range)
     return (_decode_jpeg_crop(encoded, shape, distortion), *distortion)
 
   def crop_of_decoded():
     image = _decode_other(encoded)
-    distortion = draw_distortion(tf.shape(image), seed)
+    distortion = draw_distortion(tf.shape(image), seed, area_range=area_range)
     return (tf.slice(image, distortion.begin, distortion.size), *distortion)
 
   crop, *fields = tf.cond(tf.image.is_jpeg(encoded), decode_crop_of_jpeg, crop_of_decoded)
@@ -202,13 +204,13 @@ def _decode_jpeg_crop(encoded, shape, distortion):
   return crop[:, left - wide_left:left - wide_left + width]
 
 
-def draw_distortion(image_shape, seed, bbox=None, fast_mode=True):
+def draw_distortion(image_shape, seed, bbox=None, fast_mode=True, area_range=AREA_RANGE):
   """Draws all random numbers of one image's distortion.
 
   Args:
     image_shape: int32 [3], the image's height, width and channels.
     seed: integer [2]; the result is a pure function of the arguments.
-    bbox, fast_mode: as in `preprocess_image`.
+    bbox, fast_mode, area_range: as in `preprocess_image`.
 
   Returns:
     A `Distortion` of tensors.
@@ -220,7 +222,7 @@ def draw_distortion(image_shape, seed, bbox=None, fast_mode=True):
       seed=box_seed,
       min_object_covered=MIN_OBJECT_COVERED,
       aspect_ratio_range=ASPECT_RATIO_RANGE,
-      area_range=AREA_RANGE,
+      area_range=area_range,
       max_attempts=MAX_ATTEMPTS,
       use_image_if_no_bounding_boxes=True)
 

@@ -38,7 +38,8 @@ non_negative_int = checked_number(int, lambda value: value >= 0, 'of 0 or more')
 positive_float = checked_number(float, lambda value: 0 < value < float('inf'), 'greater than 0')
 non_negative_float = checked_number(float, lambda value: 0 <= value < float('inf'), 'of 0 or more')
 fraction = checked_number(float, lambda value: 0 <= value < 1, 'of 0 or more and less than 1')
-keep_prob = checked_number(float, lambda value: 0 < value <= 1, 'greater than 0 and at most 1')
+positive_fraction = checked_number(float, lambda value: 0 < value <= 1,
+                                   'greater than 0 and at most 1')
 image_size = checked_number(int, lambda value: value >= xception.MIN_IMAGE_SIZE,
                     f'of {xception.MIN_IMAGE_SIZE} or more')
 num_threads = checked_number(int, lambda value: value > 0 or value == tf.data.AUTOTUNE,

@@ -331,7 +331,8 @@ def load_batch(dataset, batch_size, height, width, is_training, seed=0, first_im
 @tf.autograph.experimental.do_not_convert
 def load_numbered_batch(dataset, batch_size, height, width, is_training, seed=0, first_image=0,
                         num_readers=4, num_preprocessing_threads=tf.data.AUTOTUNE,
-                        worker=0, num_workers=1):
+                        worker=0, num_workers=1,
+                        area_range=xception_preprocessing.AREA_RANGE):
   """Does what `load_batch` does and also returns the position of each image.
 
   Several workers divide the images among themselves, and each reads only its own. In
@@ -342,6 +343,7 @@ def load_numbered_batch(dataset, batch_size, height, width, is_training, seed=0,
   Args:
     worker, num_workers: this worker's index and the number of workers, which must
       divide batch_size.
+    area_range: see `xception_preprocessing.preprocess_image`.
 
   Returns:
     images, labels: see `load_batch`; in training, batch_size / num_workers of them.
@@ -374,7 +376,8 @@ def load_numbered_batch(dataset, batch_size, height, width, is_training, seed=0,
               .batch(READ_GROUP)
               .map(read_group, num_readers)
               .unbatch()
-              .map(functools.partial(_load_image, dataset, height, width, is_training, seed),
+              .map(functools.partial(_load_image, dataset, height, width, is_training, seed,
+                                     area_range),
                    num_preprocessing_threads)
               .ignore_errors())
     if is_training:
@@ -391,7 +394,7 @@ def _endless_indices(num_images):
       .concatenate(tf.data.Dataset.from_tensors(tf.constant(END_OF_EPOCH, tf.int64))))
 
 
-def _load_image(dataset, height, width, is_training, seed, position, record):
+def _load_image(dataset, height, width, is_training, seed, area_range, position, record):
   """Parses, decodes and preprocesses a record; returns its image, label and position."""
   def load():
     features = tf.parse_single_example(
@@ -402,7 +405,7 @@ def _load_image(dataset, height, width, is_training, seed, position, record):
         (label >= 0) & (label < dataset.num_classes), [label])]):
       if is_training:
         image = xception_preprocessing.decode_and_distort(
-            encoded, height, width, tf.stack([tf.constant(seed, tf.int64), position]))
+            encoded, height, width, tf.stack([tf.constant(seed, tf.int64), position]), area_range)
       else:
         image = xception_preprocessing.preprocess_for_eval(
             xception_preprocessing.decode(encoded), height, width)

@@ -263,12 +263,12 @@ class DistributionTest(tf.test.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    def draw(fast_mode):
+    def draw(fast_mode, **kwargs):
       dtypes = xception_preprocessing.Distortion(
           tf.int32, tf.int32, tf.float32, tf.int32, tf.bool, tf.int32,
           tf.float32, tf.float32, tf.float32, tf.float32)
       return tf.map_fn(lambda i: xception_preprocessing.draw_distortion(
-          tf.constant([600, 800, 3]), tf.stack([7, i]), fast_mode=fast_mode),
+          tf.constant([600, 800, 3]), tf.stack([7, i]), fast_mode=fast_mode, **kwargs),
                        tf.range(NUM_DRAWS), dtype=dtypes)
 
     def stateful_crop(_):
@@ -279,8 +279,8 @@ class DistributionTest(tf.test.TestCase):
       return begin, size
 
     with tf.Graph().as_default(), tf.Session() as session:
-      cls.fast, cls.full, cls.crops = session.run([
-          draw(True), draw(False),
+      cls.fast, cls.full, cls.gentle, cls.crops = session.run([
+          draw(True), draw(False), draw(True, area_range=(0.35, 1.0)),
           tf.map_fn(stateful_crop, tf.range(NUM_DRAWS), dtype=(tf.int32, tf.int32))])
 
   def assert_uniform(self, values, low, high):
@@ -327,6 +327,11 @@ class DistributionTest(tf.test.TestCase):
                          (self.fast.begin[:, 0], begin[:, 0]),
                          (self.fast.begin[:, 1], begin[:, 1])]:
       self.assertGreater(scipy.stats.ks_2samp(ours, theirs).pvalue, 1e-4)
+
+  def test_area_range(self):
+    area = self.gentle.size[:, :2].prod(1) / (600 * 800)
+    self.assertBetween(area.min(), 0.345, 0.4)
+    self.assertBetween(area.max(), 0.9, 1.0)
 
   def test_draws_are_independent(self):
     columns = [self.full.brightness, self.full.saturation, self.full.contrast, self.full.hue,

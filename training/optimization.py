@@ -10,6 +10,7 @@ import math
 import tensorflow.compat.v1 as tf
 
 from common import arguments
+import xception_preprocessing
 
 
 def _option(default, text, option_type=None, aliases=(), choices=None):
@@ -57,9 +58,13 @@ class Recipe:
   label_smoothing: float = _option(
       0.0, 'fraction of the label that is spread over all classes', arguments.fraction)
   dropout_keep_prob: float = _option(
-      0.5, 'probability of keeping a feature before the logits', arguments.keep_prob)
+      0.5, 'probability of keeping a feature before the logits', arguments.positive_fraction)
   batch_norm_decay: float = _option(
       0.99, 'decay of the moving statistics, once warmed up', arguments.fraction)
+  min_crop_area: float = _option(
+      xception_preprocessing.AREA_RANGE[0],
+      "smallest area of a training crop, in fractions of the image's area",
+      arguments.positive_fraction)
   clip_gradient_norm: float = _option(
       0.0, 'clips the global norm of the gradients to this; 0 does not clip',
       arguments.non_negative_float)

@@ -65,6 +65,7 @@ def _add_data_options(group):
                      default=tf.data.AUTOTUNE,
                      help='number of images preprocessed in parallel; '
                      f'{tf.data.AUTOTUNE} tunes it')
+  _add_recipe_options(group, 'min_crop_area')
 
 
 def _add_network_options(group):
