@@ -57,8 +57,7 @@ def parse_args(argv=None):
                       help='whether to freeze the Polyak averages of the weights; auto: if the '
                       'checkpoint has them')
   parser.add_argument('--temperature', action='store_true',
-                      help='freezes calibrated probabilities: the logits are divided by the number '
-                      'that eval_flowers.py --fit_temperature stored beside the checkpoint')
+                      help='divides logits by the temperature of eval_flowers.py --fit_temperature')
   parser.add_argument('--output_file', default='frozen_model_xception.pb',
                       help='name of the frozen graph, ending in .pb; the other formats are named '
                       'after it, and labels.txt and model.json are written beside it')

@@ -190,7 +190,8 @@ class SingleWorker:
       num_images: images of all workers, bad records included.
 
     Returns:
-      The Evaluation of all images, the same on every worker.
+      The Evaluation of all images, the same on every worker; several workers drop the logits,
+      which training does not need.
     """
     return evaluation
 

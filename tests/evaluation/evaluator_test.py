@@ -6,6 +6,7 @@ import tempfile
 import types
 
 import numpy as np
+from scipy import special
 import tensorflow.compat.v1 as tf
 
 from common import checkpoints
@@ -76,6 +77,7 @@ class EvaluatorTest(tf.test.TestCase):
     self.assertAllClose(first.probabilities.sum(1), np.ones(NUM_IMAGES))
     self.assertAllClose(first.losses,
                         -np.log(first.probabilities[range(NUM_IMAGES), first.labels]))
+    self.assertAllClose(special.softmax(first.logits, axis=1), first.probabilities)
     self.assertNotAllClose(first.probabilities, second.probabilities)
     self.assertSame(again, first)
 
