@@ -116,17 +116,6 @@ def _write_events(writer, computed, found, drawn, table, step):
   writer.flush()
 
 
-def _require_writable(folder):
-  """Raises an OSError if a folder can be neither written nor created."""
-  existing = os.path.abspath(folder)
-  while not os.path.lexists(existing):
-    existing = os.path.dirname(existing)
-  if not os.path.isdir(existing):
-    raise NotADirectoryError(f'Cannot write results into {folder}: {existing} is not a folder')
-  if not os.access(existing, os.W_OK | os.X_OK):
-    raise PermissionError(f'Cannot write results into {folder}: {existing} is read-only')
-
-
 def _report_bad_records(dataset, bad_numbers):
   """Warns of records that could not be evaluated, and of truncated shards."""
   for damage in dataset.records.damages[:flowers.MAX_NAMED_BAD_RECORDS]:
@@ -158,7 +147,7 @@ class SplitEvaluation:
     Raises:
       OSError: log_eval cannot be written.
     """
-    _require_writable(log_eval)
+    files.require_writable(log_eval)
     self.class_names = [name for _, name in sorted(dataset.labels_to_names.items())]
     self._dataset = dataset
     self._log_eval = log_eval

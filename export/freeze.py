@@ -15,7 +15,6 @@ import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
 from common import checkpoints
-from common import errors
 from common import files
 from export import comparison
 from export import folding
@@ -76,12 +75,7 @@ def freeze(checkpoint, config, use_averages='auto'):
           depth_multiplier=config.depth_multiplier,
           prediction_fn=softmax)
     output = tf.identity(end_points['Predictions'], name=models.OUTPUT_NODE)
-    try:
-      saver, is_averaged = checkpoints.inference_saver(checkpoint, use_averages)
-      saver.restore(session, checkpoint)
-    except (tf.errors.OpError, ValueError) as error:
-      raise checkpoints.CheckpointError(
-          f'{checkpoint} cannot be restored: {errors.reason(error)}') from error
+    is_averaged = checkpoints.restore(session, checkpoint, use_averages)
     graph_def = tf.graph_util.convert_variables_to_constants(
         session, session.graph.as_graph_def(), [models.OUTPUT_NODE])
   return graph_def, lambda batch: session.run(output, {images: batch}), is_averaged
