@@ -158,7 +158,7 @@ class SplitEvaluation:
     self._picture_indices = np.linspace(
         0, dataset.num_samples - 1, num_pictures).astype(int).tolist()
 
-  def of_checkpoints(self, devices, use_averages, image_size=None):
+  def of_checkpoints(self, devices, use_averages, image_size=None, explain_layer=None):
     """Returns a function that evaluates the checkpoints of a training run, one per call.
 
     The function takes a checkpoint's path and returns what `_report` returns. It
@@ -169,6 +169,7 @@ class SplitEvaluation:
       devices, use_averages: see `evaluator.Evaluator`.
       image_size: height and width of the images in pixels; None is the size that
         the network was trained with.
+      explain_layer: see `evaluator.Evaluator`; the pictures then show the maps.
     """
     config = evaluate_checkpoint = None
 
@@ -179,7 +180,8 @@ class SplitEvaluation:
         config = dataclasses.replace(config, image_size=image_size or config.image_size)
         self._check_classes(checkpoint, config.class_names)
         evaluate_checkpoint = evaluator.Evaluator(
-            self._dataset, config, self._batch_size, devices, show_progress=True)
+            self._dataset, config, self._batch_size, devices, show_progress=True,
+            explain_layer=explain_layer)
       about = _describe_checkpoint(checkpoint)
       result = evaluate_checkpoint(checkpoint, use_averages, self._picture_indices,
                                    pictures.MAX_GRID_IMAGES)
