@@ -1,4 +1,4 @@
-"""Classifies image files with a model that write_pb.py wrote.
+"""Classifies image files with a model that write_pb.py wrote, or with a checkpoint.
 
   python classify_image.py --graph frozen_model_xception.pb a.jpg b.png photos
   python classify_image.py --graph frozen_model_xception.tflite --json a.jpg
@@ -8,6 +8,12 @@ folder, a .tflite or an .onnx file with labels.txt beside it. Images are convert
 as create_tfrecords.py does and then preprocessed as in evaluation. Files that are not
 images are reported on standard error, the others are classified, and the exit code
 is 1.
+
+  python classify_image.py --log_dir log --explain explained a.jpg b.png photos
+
+classifies with the newest checkpoint of a training run, and writes a picture for each
+image into the folder `explained`, which shows where the network sees the most probable
+classes (Grad-CAM).
 
 A .pb is a program: load only files that you or someone you trust made.
 """
@@ -31,18 +37,25 @@ import tensorflow.compat.v1 as tf
 import tqdm
 
 from common import arguments
+from common import checkpoints
+from common import errors
+from evaluation import explainer
+from evaluation import grad_cam
 from export import models
 from records import image_files
 
 STANDARD_INPUT = '-'
 MAX_FILE_BYTES = 256 * 2**20
 NUM_THREADS = 2  # for decoding
+MAX_EXPLAINED = 3  # classes in a picture of --explain
 
 Result = collections.namedtuple('Result', [
     'file',  # name
     'predictions',  # list of dicts {label, name, probability}, the most probable first
     'error',  # why the file could not be classified, or None
-])
+    'image',  # the model's input; None after an error
+    'picture',  # path of the picture that explains the predictions, or None
+], defaults=[None, None])
 
 
 def find_files(patterns):
@@ -137,7 +150,7 @@ def classify(model, files, batch_size, top_k):
   """Classifies files in batches, decoding the next batch at the same time.
 
   Args:
-    model: models.FrozenModel.
+    model: models.FrozenModel or explainer.Explainer.
     files: iterable of file names.
     batch_size: files per batch.
     top_k: predictions per image.
@@ -161,12 +174,13 @@ def classify(model, files, batch_size, top_k):
 def _classify_batch(model, batch, top_k):
   errors = [future.exception() for _, future in batch]
   images = [future.result() for (_, future), error in zip(batch, errors) if error is None]
-  probabilities = iter(())
+  outputs = iter(())
   if images:
-    probabilities = iter(model.predict(np.stack(images) if model.image_size else images))
+    outputs = zip(images, model.predict(np.stack(images) if model.image_size else images))
   for (name, _), error in zip(batch, errors):
     if error is None:
-      yield Result(name, _top_predictions(next(probabilities), model.class_names, top_k), None)
+      image, probabilities = next(outputs)
+      yield Result(name, _top_predictions(probabilities, model.class_names, top_k), None, image)
     elif isinstance(error, image_files.ImageError):
       yield Result(name, [], str(error))
     else:
@@ -179,14 +193,26 @@ def _top_predictions(probabilities, class_names, top_k):
            'probability': float(probabilities[label])} for label in labels]
 
 
+def explain(model, result, path):
+  """Writes the picture that explains a Result to `path`; returns the Result with the path."""
+  shown = result.predictions[:MAX_EXPLAINED]
+  model.write_picture(path, result.image, [prediction['label'] for prediction in shown],
+                      [prediction['probability'] for prediction in shown])
+  return result._replace(picture=path)
+
+
 def print_text(result):
   print(f'{result.file}: ' + ', '.join(
       f'{prediction["name"]} {prediction["probability"]:.4f}'
-      for prediction in result.predictions), flush=True)
+      for prediction in result.predictions)
+        + (f' -> {result.picture}' if result.picture else ''), flush=True)
 
 
 def print_json(result):
-  print(json.dumps({'file': result.file, 'predictions': result.predictions}), flush=True)
+  line = {'file': result.file, 'predictions': result.predictions}
+  if result.picture:
+    line['picture'] = result.picture
+  print(json.dumps(line), flush=True)
 
 
 def print_csv(result):
@@ -214,8 +240,12 @@ def parse_args(argv=None):
       formatter_class=arguments.HelpFormatter)
   parser.add_argument('images', nargs='+', metavar='IMAGE',
                       help='file, folder, pattern like "photos/*.jpg", or - for standard input')
-  parser.add_argument('--graph', required=True,
+  one_of = parser.add_mutually_exclusive_group(required=True)
+  one_of.add_argument('--graph',
                       help='.pb, SavedModel folder, .tflite or .onnx that write_pb.py wrote')
+  one_of.add_argument('--log_dir', '--train_dir',
+                      help='folder of a training run, whose newest checkpoint is used, or one '
+                      'checkpoint, like log/model.ckpt-1000')
   parser.add_argument('--top_k', type=arguments.positive_int, default=5,
                       help='number of classes to print per image')
   parser.add_argument('--batch_size', type=arguments.positive_int, default=8,
@@ -223,6 +253,18 @@ def parse_args(argv=None):
   parser.add_argument('--precision', choices=models.PRECISIONS, default='float32',
                       help='bfloat16 runs a .pb or a SavedModel in bfloat16, which is fast on '
                       'CPUs with AVX512_BF16 or AMX')
+  group = parser.add_argument_group('checkpoints')
+  group.add_argument('--use_averages', choices=['auto', 'yes', 'no'], default='auto',
+                     help='whether to use the Polyak averages of the weights; auto: if the '
+                     'checkpoint has them')
+  group.add_argument('--explain', metavar='FOLDER',
+                     help='writes a PNG file for each image into this folder, which shows the '
+                     f'parts that speak for its {MAX_EXPLAINED} most probable classes (Grad-CAM)')
+  group.add_argument('--explain_layer', metavar='LAYER', default=grad_cam.DEFAULT_LAYER,
+                     help='layer whose output --explain weighs, such as block4_dws_conv1; earlier '
+                     'layers are finer but tell less about the class')
+  group.add_argument('--overwrite', action='store_true',
+                     help='replaces existing files in the folder of --explain')
   group = parser.add_mutually_exclusive_group()
   group.add_argument('--json', dest='print_result', action='store_const', const=print_json,
                      default=print_text,
@@ -230,13 +272,23 @@ def parse_args(argv=None):
   group.add_argument('--csv', dest='print_result', action='store_const', const=print_csv,
                      default=print_text,
                      help='prints one prediction per line: file, rank, label, name, probability')
-  return parser.parse_args(argv)
+  args = parser.parse_args(argv)
+  if args.graph and (args.explain is not None or args.use_averages != 'auto'):
+    parser.error('--graph has frozen weights and computes no gradients: leave out --use_averages '
+                 'and --explain, or give the --log_dir that it was frozen from')
+  if args.log_dir and args.precision != 'float32':
+    parser.error(f'--precision {args.precision} is for frozen models: give --graph')
+  return args
 
 
 def main(args):
   """Classifies the files on the command line; returns the exit code."""
   files = find_files(args.images)
-  model = models.load(args.graph, args.precision)
+  paths = itertools.repeat(None)
+  if args.explain is not None:
+    paths = explainer.plan_pictures(files, args.explain, args.overwrite)
+  model = models.load(args.graph, args.precision) if args.graph else explainer.Explainer(
+      checkpoints.find(args.log_dir), args.use_averages, args.explain_layer)
   codecs.register_error('classify_image', encode_unencodable)
   sys.stdout.reconfigure(errors='classify_image')
   if args.print_result is print_csv:
@@ -244,10 +296,10 @@ def main(args):
   num_errors = 0
   is_hidden = sys.stdout.isatty() or not sys.stderr.isatty()
   with tqdm.tqdm(total=len(files), unit=' images', disable=is_hidden) as progress:
-    for result in classify(model, files, args.batch_size, args.top_k):
+    for result, path in zip(classify(model, files, args.batch_size, args.top_k), paths):
       progress.update()
       if result.error is None:
-        args.print_result(result)
+        args.print_result(explain(model, result, path) if path else result)
       else:
         num_errors += 1
         progress.write(f'classify_image.py: {result.file}: {result.error}', file=sys.stderr)
@@ -259,11 +311,15 @@ def main(args):
 
 if __name__ == '__main__':
   tf.disable_v2_behavior()
+  tf.enable_resource_variables()
   try:
     sys.exit(main(parse_args()))
   except BrokenPipeError:
     # The reader has closed the pipe, and flushing at exit would fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
-  except (models.ModelError, OSError) as error:
+  except (models.ModelError, checkpoints.CheckpointError, grad_cam.LayerError, OSError) as error:
     sys.exit(f'classify_image.py: {error}')
+  except tf.errors.ResourceExhaustedError as error:
+    sys.exit('classify_image.py: out of memory '
+             f'({errors.reason(error)}): use a smaller --batch_size')

@@ -36,6 +36,7 @@ from common import arguments
 from common import checkpoints
 from common import errors
 from deployment import towers
+from evaluation import grad_cam
 from evaluation import metrics
 from evaluation import report
 from evaluation import temperature
@@ -165,6 +166,13 @@ def parse_args(argv=None):
                      help='fits the number that the logits are divided by so that the loss on the '
                      'evaluated split is smallest, and writes it into '
                      f'{checkpoints.TEMPERATURE_FILE} beside the checkpoint')
+  group = parser.add_argument_group('pictures')
+  group.add_argument('--explain', action='store_true',
+                     help='shows beside each image of mistakes.png and predictions.png which parts '
+                     'of it speak for the predicted class (Grad-CAM)')
+  group.add_argument('--explain_layer', metavar='LAYER', default=grad_cam.DEFAULT_LAYER,
+                     help='layer whose output --explain weighs, such as block4_dws_conv1; earlier '
+                     'layers are finer but tell less about the class')
   group = parser.add_argument_group('devices')
   group.add_argument('--batch_size', type=arguments.positive_int, default=32,
                      help='images per device and step; does not change the result')
@@ -183,6 +191,9 @@ def parse_args(argv=None):
                  + ('a frozen model has only probabilities. Fit the checkpoint that it came from, '
                     'and freeze that again with write_pb.py --temperature' if args.graph else
                     'leave out --watch, and fit the one that you keep'))
+  if args.graph and args.explain:
+    parser.error('--explain needs gradients, which a frozen model does not compute: instead of '
+                 '--graph, give the --log_dir or --checkpoint_path that it was frozen from')
   return args
 
 
@@ -199,10 +210,11 @@ def main(args):
   split = report.SplitEvaluation(
       dataset, log_eval, args.batch_size,
       {'dataset_split_name': args.dataset_split_name, **dataset_options})
+  explain_layer = args.explain_layer if args.explain else None
   images = f'{dataset.num_samples} images of the {args.dataset_split_name} split'
   if args.watch:
-    watch(split.of_checkpoints(devices, args.use_averages, args.image_size), args.log_dir,
-          args.watch_timeout, args.max_number_of_steps)
+    watch(split.of_checkpoints(devices, args.use_averages, args.image_size, explain_layer),
+          args.log_dir, args.watch_timeout, args.max_number_of_steps)
     return
   if args.graph:
     print(f'Evaluating {args.graph} on {images}', flush=True)
@@ -215,7 +227,7 @@ def main(args):
     choice = 'as named' if checkpoint == args.checkpoint_path else (
         f'the newest of {args.checkpoint_path or args.log_dir}')
     print(f'Evaluating {checkpoint}, {choice}, on {images}, on {", ".join(devices)}', flush=True)
-    evaluate = split.of_checkpoints(devices, args.use_averages, args.image_size,
+    evaluate = split.of_checkpoints(devices, args.use_averages, args.image_size, explain_layer,
                                     args.fit_temperature)
     computed, about, files = evaluate(checkpoint)
   print(metrics.format_table(computed, split.class_names))
@@ -230,7 +242,8 @@ if __name__ == '__main__':
   try:
     main(parse_args())
   except (flowers.DatasetError, checkpoints.CheckpointError, towers.DeviceError,
-          models.ModelError, temperature.TemperatureError, OSError) as error:
+          grad_cam.LayerError, models.ModelError, temperature.TemperatureError,
+          OSError) as error:
     sys.exit(f'eval_flowers.py: {error}')
   except tf.errors.ResourceExhaustedError as error:
     sys.exit(f'eval_flowers.py: out of memory ({errors.reason(error)}): use a smaller --batch_size')

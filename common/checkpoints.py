@@ -16,6 +16,7 @@ import slim_bridge  # noqa: F401, before TensorFlow: see there
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
+from common import errors
 from common import files
 
 CONFIG_FILE = 'model_config.json'
@@ -215,6 +216,26 @@ def inference_saver(checkpoint, use_averages='auto'):
   names, are_averages = stored_names(checkpoint, variables, use_averages)
   saver = tf.train.Saver({names[name]: variable for name, variable in variables.items()})
   return saver, are_averages
+
+
+def restore(session, checkpoint, use_averages='auto'):
+  """Restores the network in a session's graph; returns whether its weights are averages.
+
+  Args:
+    session: tf.Session.
+    checkpoint, use_averages: see `stored_names`.
+
+  Raises:
+    CheckpointError: the checkpoint is of another network, is damaged or has no averages.
+  """
+  try:
+    with session.graph.as_default():
+      saver, are_averages = inference_saver(checkpoint, use_averages)
+    saver.restore(session, checkpoint)
+  except (tf.errors.OpError, ValueError) as error:
+    raise CheckpointError(
+        f'{checkpoint} cannot be restored: {errors.reason(error)}') from error
+  return are_averages
 
 
 def check_same_variables(checkpoint):

@@ -1,4 +1,4 @@
-"""Writes files atomically, and computes their checksums."""
+"""Writes files atomically, checks folders, and computes checksums."""
 
 import hashlib
 import os
@@ -14,6 +14,17 @@ def write_atomically(path, content):
   with open(path + '.tmp', 'wb') as f:
     f.write(content)
   os.replace(path + '.tmp', path)
+
+
+def require_writable(folder):
+  """Raises an OSError if a folder can be neither written nor created."""
+  existing = os.path.abspath(folder)
+  while not os.path.lexists(existing):
+    existing = os.path.dirname(existing)
+  if not os.path.isdir(existing):
+    raise NotADirectoryError(f'Cannot write results into {folder}: {existing} is not a folder')
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise PermissionError(f'Cannot write results into {folder}: {existing} is read-only')
 
 
 def sha256(path):

@@ -22,6 +22,7 @@ from common import checkpoints
 from common import errors
 from deployment import cluster
 from deployment import towers
+from evaluation import grad_cam
 from records import flowers
 import xception
 
@@ -36,7 +37,8 @@ Evaluation = collections.namedtuple('Evaluation', [
     'images',  # {index: float32 [height, width, 3] in [-1, 1]} of the requested images
     'mistakes',  # indices of the most confident wrong predictions, the most confident first
     'uses_averages',  # whether the weights were Polyak averages; None if that is unknown
-])
+    'maps',  # {index: float32 [rows, columns]}, Grad-CAM of the predicted class for each of images
+], defaults=[None])
 
 
 class ImageReader:
@@ -127,7 +129,7 @@ class Evaluator:
   """
 
   def __init__(self, dataset, config, batch_size, devices=None, show_progress=False,
-               workers=cluster.SingleWorker()):
+               workers=cluster.SingleWorker(), explain_layer=None):
     """Builds the graph.
 
     Args:
@@ -140,6 +142,10 @@ class Evaluator:
       show_progress: whether to show a progress bar on a terminal.
       workers: cluster.Workers or SingleWorker; they share the images, and each
         gets the whole result.
+      explain_layer: layer of the maps, see `grad_cam.build_maps`; None computes none.
+
+    Raises:
+      grad_cam.LayerError: there is no such layer.
     """
     self._workers = workers
     devices = devices or towers.tower_devices()
@@ -150,7 +156,8 @@ class Evaluator:
     self._graph = tf.Graph()
     with self._graph.as_default(), slim.arg_scope(xception.xception_arg_scope()):
       # Each tower is fed separately: the last images need not divide evenly among them.
-      self._towers = towers.replicate(lambda: _build_tower(config), devices, [()] * len(devices))
+      self._towers = towers.replicate(
+          lambda: _build_tower(config, explain_layer), devices, [()] * len(devices))
     self._session = tf.Session(graph=self._graph, config=towers.session_config(devices))
 
   def __call__(self, checkpoint, use_averages='auto', image_indices=(), num_mistakes=0):
@@ -175,7 +182,7 @@ class Evaluator:
     result = self._workers.merge_evaluation(
         result._replace(uses_averages=uses_averages), self._reader.num_images)
     require_images(result, self._reader.dataset)
-    return result
+    return result._replace(maps=self._explain(result))
 
   def close(self):
     """Frees the memory of the weights."""
@@ -207,19 +214,32 @@ class Evaluator:
       feeds[tower.labels] = labels
     return self._session.run(fetches, feeds)
 
+  def _explain(self, result):
+    """Returns the maps of an Evaluation's images; None without explain_layer."""
+    tower = self._towers[0]
+    if tower.maps is None:
+      return None
+    maps = {}
+    for index, image in result.images.items():
+      feeds = {tower.images: [image], tower.labels: [result.probabilities[index].argmax()]}
+      maps[index], = self._session.run(tower.maps, feeds)
+    return maps
 
-_Tower = collections.namedtuple('_Tower', ['images', 'labels', 'probabilities', 'losses',
-                                              'logits'])
+
+_Tower = collections.namedtuple(
+    '_Tower', ['images', 'labels', 'probabilities', 'losses', 'logits', 'maps'])
 
 
-def _build_tower(config):
+def _build_tower(config, explain_layer):
   """Builds the network of a ModelConfig on placeholders; returns a _Tower."""
   images = tf.placeholder(tf.float32, [None, config.image_size, config.image_size, 3])
   labels = tf.placeholder(tf.int64, [None])
   logits, end_points = xception.xception(
       images, config.num_classes, is_training=False, depth_multiplier=config.depth_multiplier)
   losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
-  return _Tower(images, labels, end_points['Predictions'], losses, logits)
+  maps = (grad_cam.build_maps(logits, end_points, explain_layer, labels) if explain_layer else
+          None)
+  return _Tower(images, labels, end_points['Predictions'], losses, logits, maps)
 
 
 class _ImageKeeper:

@@ -16,12 +16,14 @@ import matplotlib
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 import numpy as np
+from PIL import Image
 
 from evaluation import metrics
 
 BASE_FONT = 'DejaVu Sans'  # comes with matplotlib
 GRID_COLUMNS = 6
 MAX_GRID_IMAGES = 30
+GRID_COLUMNS_WITH_MAPS = 3
 MAX_NAME_WIDTH = 21  # columns of a terminal, see common/terminal.py
 MAX_NUMBERED_CLASSES = 30  # up to this many, cells of the confusion matrix show their counts
 MAX_NAMED_CLASSES = 120  # up to this many, its rows and columns show their names
@@ -30,6 +32,7 @@ NUM_CONFUSIONS = 20  # pairs listed beside a confusion matrix without counts
 THUMBNAIL_SIZE = 128  # pixels of the longer side
 MAX_SHEET_ROWS = 100  # classes on a contact sheet
 RIGHT, WRONG = 'darkgreen', 'crimson'
+MAP_COLOURS, MAP_OPACITY = 'inferno', 0.5
 DPI = 100
 
 # Silences matplotlib's message each time a fallback font lacks the requested weight.
@@ -103,6 +106,8 @@ def _list_confusions(axis, matrix, names):
 def draw_predictions(result, indices, class_names, title):
   """Draws images as the network saw them, with their predictions.
 
+  Beside each image is its map, if there is one, laid over the image.
+
   Args:
     result: evaluator.Evaluation that has the images.
     indices: indices of the images, at most MAX_GRID_IMAGES.
@@ -113,9 +118,10 @@ def draw_predictions(result, indices, class_names, title):
     Bytes of a PNG file.
   """
   with _drawable_names(class_names) as names:
-    columns = min(GRID_COLUMNS, max(len(indices), 3))
+    columns = GRID_COLUMNS_WITH_MAPS if result.maps else min(GRID_COLUMNS, max(len(indices), 3))
     rows = max(1, math.ceil(len(indices) / columns))
-    figure = Figure(figsize=(2.4 * columns, 3.1 * rows + 0.4), layout='constrained')
+    width = 4.8 if result.maps else 2.4  # inches of a column
+    figure = Figure(figsize=(width * columns, 3.1 * rows + 0.4), layout='constrained')
     figure.suptitle(title)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
@@ -126,11 +132,67 @@ def draw_predictions(result, indices, class_names, title):
       text = f'{names[prediction]} {probabilities[prediction]:.2f}'
       if prediction != label:
         text += f'\nis {names[label]} {probabilities[label]:.2f}'
-      axis.imshow(result.images[index] / 2.0 + 0.5)
+      image, below = result.images[index] / 2.0 + 0.5, f'record {result.positions[index]}'
+      if result.maps:
+        gap = np.ones_like(image[:, :len(image) // 24])
+        overlay = _lay_over(image, result.maps[index])
+        below += ', empty map' if overlay is image else ''
+        image = np.concatenate([image, gap, overlay], axis=1)
+      axis.imshow(image)
       axis.set_title(text, fontsize=9, color=RIGHT if prediction == label else WRONG)
-      axis.text(0.5, -0.03, f'record {result.positions[index]}', fontsize=7, color='grey',
+      axis.text(0.5, -0.03, below, fontsize=7, color='grey',
                 ha='center', va='top', transform=axis.transAxes)
     return _png(figure)
+
+
+def draw_explanation(image, maps, labels, probabilities, class_names):
+  """Draws an image and, beside it, the map of each of some classes laid over it.
+
+  Args:
+    image: float32 [height, width, 3] in [-1, 1].
+    maps: float32 [num_maps, rows, columns], see `grad_cam.build_maps`.
+    labels: num_maps ints, the classes of the maps.
+    probabilities: their num_maps probabilities.
+    class_names: list of the names of all classes.
+
+  Returns:
+    Bytes of a PNG file.
+  """
+  image = image / 2.0 + 0.5
+  with _drawable_names(class_names) as names:
+    columns = 1 + len(maps)
+    figure = Figure(figsize=(3 * columns, 3.3), layout='constrained')
+    first, *axes = figure.subplots(1, columns)
+    first.imshow(image)
+    first.set_title('as the network saw it', fontsize=10)
+    for axis, grad_cam_map, label, probability in zip(axes, maps, labels, probabilities):
+      overlay = _lay_over(image, grad_cam_map)
+      axis.imshow(overlay)
+      axis.set_title(f'{names[label]} {probability:.4f}'
+                     + (', empty map' if overlay is image else ''), fontsize=10)
+    for axis in figure.axes:
+      axis.axis('off')
+    return _png(figure)
+
+
+def _lay_over(image, grad_cam_map):
+  """Returns an image with a map laid over it, or the image itself if the map is empty.
+
+  The map is scaled by its own maximum. The image is grey under it, so that all colours are the
+  map's: black where it is 0, bright yellow where it is largest.
+
+  Args:
+    image: float [height, width, 3] in [0, 1].
+    grad_cam_map: float32 [rows, columns] of 0 or more.
+  """
+  maximum = grad_cam_map.max()
+  if not 0 < maximum < np.inf:  # the map of a network that diverged is NaN
+    return image
+  height, width = image.shape[:2]
+  heat = np.asarray(Image.fromarray(grad_cam_map / maximum).resize(
+      (width, height), Image.Resampling.BILINEAR))
+  colours = matplotlib.colormaps[MAP_COLOURS](heat)[..., :3]
+  return (1 - MAP_OPACITY) * image.mean(-1, keepdims=True) + MAP_OPACITY * colours
 
 
 def draw_contact_sheet(thumbnails, class_names):

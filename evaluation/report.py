@@ -124,17 +124,6 @@ def _write_events(writer, computed, found, scaled, drawn, table, step):
   writer.flush()
 
 
-def _require_writable(folder):
-  """Raises an OSError if a folder can be neither written nor created."""
-  existing = os.path.abspath(folder)
-  while not os.path.lexists(existing):
-    existing = os.path.dirname(existing)
-  if not os.path.isdir(existing):
-    raise NotADirectoryError(f'Cannot write results into {folder}: {existing} is not a folder')
-  if not os.access(existing, os.W_OK | os.X_OK):
-    raise PermissionError(f'Cannot write results into {folder}: {existing} is read-only')
-
-
 def _report_bad_records(dataset, bad_numbers):
   """Warns of records that could not be evaluated, and of truncated shards."""
   for damage in dataset.records.damages[:flowers.MAX_NAMED_BAD_RECORDS]:
@@ -166,7 +155,7 @@ class SplitEvaluation:
     Raises:
       OSError: log_eval cannot be written.
     """
-    _require_writable(log_eval)
+    files.require_writable(log_eval)
     self.class_names = [name for _, name in sorted(dataset.labels_to_names.items())]
     self._dataset = dataset
     self._log_eval = log_eval
@@ -177,7 +166,8 @@ class SplitEvaluation:
     self._picture_indices = np.linspace(
         0, dataset.num_samples - 1, num_pictures).astype(int).tolist()
 
-  def of_checkpoints(self, devices, use_averages, image_size=None, fit_temperature=False):
+  def of_checkpoints(self, devices, use_averages, image_size=None, explain_layer=None,
+                     fit_temperature=False):
     """Returns a function that evaluates the checkpoints of a training run, one per call.
 
     The function takes a checkpoint's path and returns what `_report` returns. It
@@ -188,6 +178,7 @@ class SplitEvaluation:
       devices, use_averages: see `evaluator.Evaluator`.
       image_size: height and width of the images in pixels; None is the size that
         the network was trained with.
+      explain_layer: see `evaluator.Evaluator`; the pictures then show the maps.
       fit_temperature: whether to fit a temperature and store it beside the checkpoint;
         the function then also raises a temperature.TemperatureError or an OSError.
         Otherwise a temperature that is stored there is used.
@@ -197,13 +188,14 @@ class SplitEvaluation:
     def evaluate(checkpoint):
       nonlocal config, evaluate_checkpoint
       if fit_temperature:
-        _require_writable(os.path.dirname(checkpoint) or '.')
+        files.require_writable(os.path.dirname(checkpoint) or '.')
       if evaluate_checkpoint is None:
         config = checkpoints.load_config(checkpoint)
         config = dataclasses.replace(config, image_size=image_size or config.image_size)
         self._check_classes(checkpoint, config.class_names)
         evaluate_checkpoint = evaluator.Evaluator(
-            self._dataset, config, self._batch_size, devices, show_progress=True)
+            self._dataset, config, self._batch_size, devices, show_progress=True,
+            explain_layer=explain_layer)
       about = _describe_checkpoint(checkpoint)
       result = evaluate_checkpoint(checkpoint, use_averages, self._picture_indices,
                                    pictures.MAX_GRID_IMAGES)

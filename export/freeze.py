@@ -15,7 +15,6 @@ import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
 from common import checkpoints
-from common import errors
 from common import files
 from export import comparison
 from export import folding
@@ -80,12 +79,7 @@ def freeze(checkpoint, config, use_averages='auto', use_temperature=False):
           depth_multiplier=config.depth_multiplier,
           prediction_fn=softmax)
     output = tf.identity(end_points['Predictions'], name=models.OUTPUT_NODE)
-    try:
-      saver, is_averaged = checkpoints.inference_saver(checkpoint, use_averages)
-      saver.restore(session, checkpoint)
-    except (tf.errors.OpError, ValueError) as error:
-      raise checkpoints.CheckpointError(
-          f'{checkpoint} cannot be restored: {errors.reason(error)}') from error
+    is_averaged = checkpoints.restore(session, checkpoint, use_averages)
     temperature = None
     if use_temperature:
       temperature = _find_temperature(checkpoint, is_averaged, config.image_size)

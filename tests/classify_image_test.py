@@ -1,5 +1,6 @@
 """Tests of classify_image.py: which files it takes, as which pixels, and what it prints."""
 
+import contextlib
 import csv
 import io
 import json
@@ -152,9 +153,10 @@ class ClassifyImageTest(tf.test.TestCase):
         else:
           self.assertIsNone(result.error)
 
-  def run_script(self, *options, **kwargs):
+  def run_script(self, *options, model=None, **kwargs):
+    model = model or ['--graph', self.pb]
     return subprocess.run(
-        [sys.executable, os.path.join(PROJECT, 'classify_image.py'), '--graph', self.pb, *options],
+        [sys.executable, os.path.join(PROJECT, 'classify_image.py'), *model, *options],
         cwd=self.dir, capture_output=True, timeout=300, **kwargs)
 
   def test_json(self):
@@ -199,15 +201,50 @@ class ClassifyImageTest(tf.test.TestCase):
     name = os.fsdecode(b'caf\xe9.jpg')
     (self.dir / name).write_bytes(drawn_flowers(1)[0])
     for encoding in ('ascii', 'cp1252'):
-      result = self.run_script('--graph', str(folder / 'model.pb'), name, '--top_k', '1',
+      result = self.run_script(name, '--top_k', '1', model=['--graph', str(folder / 'model.pb')],
                                env={**os.environ, 'PYTHONIOENCODING': encoding})
       self.assertEqual(result.returncode, 0, result.stderr)
       self.assertRegex(result.stdout, rb'^caf\xe9.jpg: \\u5411\\u65e5\\u8475\d? [01]')
 
   def test_mistakes(self):
-    result = self.run_script('--graph', 'none.pb', 'a.jpg')
+    result = self.run_script('a.jpg', model=['--graph', 'none.pb'])
     self.assertEqual(result.returncode, 1)
     self.assertIn(b'classify_image.py: There is no model none.pb', result.stderr)
+    self.assertNotIn(b'Traceback', result.stderr)
+
+  def test_options_that_exclude_each_other(self):
+    for options in ([], ['--graph', 'a.pb', '--log_dir', 'log'],
+                    ['--graph', 'a.pb', '--explain', 'out'],
+                    ['--graph', 'a.pb', '--use_averages', 'no'],
+                    ['--log_dir', 'log', '--precision', 'bfloat16']):
+      with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+        classify_image.parse_args(['a.jpg', *options])
+
+  def test_explanations(self):
+    first, second = drawn_flowers(2)
+    for name, content in [('a/x.jpg', first), ('b/x.jpg', second), ('bad.jpg', b'bad')]:
+      path = self.dir / name
+      path.parent.mkdir(exist_ok=True)
+      path.write_bytes(content)
+    names = ['a/x.jpg', 'bad.jpg', 'b/x.jpg']
+    explain = ['--json', '--explain', 'out', *names]
+    result = self.run_script(*explain, model=['--log_dir', self.model_dir])
+    self.assertEqual(result.returncode, 1, result.stderr)
+    self.assertIn(b'classify_image.py: bad.jpg: it is not an image\n', result.stderr)
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    self.assertEqual([(line['file'], line['picture']) for line in lines],
+                     [('a/x.jpg', 'out/x.png'), ('b/x.jpg', 'out/x_2.png')])
+    self.assertCountEqual(os.listdir(self.dir / 'out'), ['x.png', 'x_2.png'])
+    pixels, _ = small_model.validation_images()
+    for line, probabilities in zip(lines, self.predict(pixels[:2])):
+      found = {prediction['label']: prediction['probability']
+               for prediction in line['predictions']}
+      self.assertAllClose([found[label] for label in range(5)], probabilities, atol=1e-5)
+      with Image.open(self.dir / line['picture']) as picture:
+        self.assertEqual(picture.size, (1200, 330))  # the image and 3 classes
+    result = self.run_script(*explain, model=['--log_dir', self.model_dir])
+    self.assertEqual(result.returncode, 1)
+    self.assertIn(b'classify_image.py: out/x.png exists: choose another folder', result.stderr)
     self.assertNotIn(b'Traceback', result.stderr)
 
   def test_hostile_images(self):

@@ -20,6 +20,7 @@ from deployment import towers
 import eval_flowers
 from evaluation import curves
 from evaluation import evaluator
+from evaluation import grad_cam
 from evaluation import metrics
 from evaluation import report
 from evaluation import temperature
@@ -198,6 +199,8 @@ class OnceTest(EvalTestCase):
     small_model.write_checkpoint(self.log_dir, 1, is_fitted=False)
     for error, message, args in [
         (checkpoints.CheckpointError, 'has no averages of the weights', ['--use_averages', 'yes']),
+        (grad_cam.LayerError, "'Logits' is not a layer .* choose one of block1_conv1, ",
+         ['--explain', '--explain_layer', 'Logits']),
         (checkpoints.CheckpointError, 'No checkpoint in nowhere',
          ['--checkpoint_path', 'nowhere'])]:
       with self.assertRaisesRegex(error, message):
@@ -422,7 +425,7 @@ class GraphTest(EvalTestCase):
 
   def test_options_that_exclude_each_other(self):
     for option in (['--use_averages', 'no'], ['--num_clones', '2'], ['--eval_on_cpu'], ['--watch'],
-                   ['--checkpoint_path', 'log'], ['--image_size', '128']):
+                   ['--checkpoint_path', 'log'], ['--image_size', '128'], ['--explain']):
       with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
         eval_flowers.parse_args(['--graph', 'model.pb', *option])
 
@@ -484,6 +487,15 @@ class WatchTest(EvalTestCase):
     self.assertEqual([line.split(':')[0] for line in output[1:3]], ['Step 1', 'Step 2'])
     self.assertEqual(output[3:], ['Evaluated 2 checkpoints; no new one for 1 seconds'])
     self.assertEqual(self.read_metrics()['global_step'], 2)
+
+  def test_explains_every_checkpoint(self):
+    self.save_all(1, 2)
+    self.watch('--explain', '--explain_layer', 'block14_dws_conv1')
+    first, second = (call.args[0] for call in report._draw_pictures.call_args_list)
+    for result in (first, second):
+      self.assertContainsSubset({0, 99, *result.mistakes}, result.maps)
+      self.assertEqual({cells.shape for cells in result.maps.values()}, {(3, 3)})
+    self.assertNotAllClose(first.maps[0], second.maps[0])
 
   def test_moved_folder(self):
     self.save_all(1, 2)

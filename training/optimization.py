@@ -75,6 +75,11 @@ class Recipe:
 
 RECIPES = {
     'flowers': Recipe(),
+    # What trained best from scratch on some thousand photographs: docs/photographs.md.
+    'photographs': Recipe(
+        optimizer='adamw', learning_rate=0.002, learning_rate_decay_type='cosine',
+        warmup_epochs=1.0, weight_decay=0.05, label_smoothing=0.1, dropout_keep_prob=0.8,
+        min_crop_area=0.5, moving_average_decay=0.99),
     # Chollet, section 4.3. The paper gives no decay for its average of the weights:
     # 0.9999 is TF-Slim's for Inception.
     'imagenet': Recipe(

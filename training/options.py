@@ -77,7 +77,8 @@ def _add_network_options(group):
 def _add_optimization_options(group):
   group.add_argument('--recipe', choices=sorted(optimization.RECIPES), default='flowers',
                      help='sets the defaults of many options, which are printed when training '
-                     "starts; imagenet and jft are the paper's")
+                     'starts; photographs is for some thousand images of your own, imagenet and '
+                     "jft are the paper's")
   group.add_argument('--num_epochs', type=arguments.positive_float, default=40.0,
                      help='number of passes over the training images')
   group.add_argument('--max_number_of_steps', type=arguments.positive_int,

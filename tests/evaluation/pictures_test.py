@@ -4,6 +4,7 @@ import io
 from unittest import mock
 import warnings
 
+import matplotlib
 from matplotlib import font_manager
 import numpy as np
 from PIL import Image
@@ -122,6 +123,64 @@ class PredictionsTest(tf.test.TestCase):
                           'No mistakes')
     self.assertEqual(texts, ['No mistakes'])
     self.assertLess(pixels(png).mean(), 255)
+
+
+class MapsTest(tf.test.TestCase):
+
+  def test_overlay(self):
+    # Bilinear between the centres of the cells, each 4 pixels wide and 2 high.
+    image = np.random.default_rng(0).uniform(size=[2, 8, 3])
+    overlay = pictures._lay_over(image, np.array([[0, 3]], np.float32))
+    heat = np.interp(np.arange(8) + 0.5, [2, 6], [0, 1])
+    for column, value in enumerate(heat):
+      colour = matplotlib.colormaps['inferno'](value)[:3]
+      for row in range(2):
+        self.assertAllClose(overlay[row, column], image[row, column].mean() / 2 + np.array(
+            colour) / 2, atol=5e-3)  # a colour map has 256 colours
+
+  def test_empty_map_leaves_the_image(self):
+    image = np.zeros([4, 4, 3])
+    for value in (0, np.nan, np.inf):
+      self.assertIs(pictures._lay_over(image, np.full([2, 2], value, np.float32)), image)
+
+  def test_maps_beside_images(self):
+    result = PredictionsTest().result()._replace(
+        maps={0: np.zeros([2, 2], np.float32), 2: np.array([[0, 0], [0, 9]], np.float32)})
+    texts, png = texts_of(pictures.draw_predictions, result, [2, 0], ['daisy', 'rose'], 'All')
+    self.assertContainsSubset(['record 7', 'record 0, empty map', 'daisy 0.90'], texts)
+    image = pixels(png)
+    blue, red = (is_colour(image, colour) for colour in ((0, 0, 255), (255, 0, 0)))
+    self.check_hot_corner(image, box(blue))
+    # The red image and its empty map look the same; between them is a gap.
+    top, bottom, left, right = box(red)
+    self.assertBetween((right - left) / (bottom - top), 1.9, 2.2)
+    self.assertLess(box(blue)[3], left)
+
+  def check_hot_corner(self, image, original):
+    """Checks that the map right of a blue image has its maximum in the lower right corner."""
+    hot = np.array([1 / 3] * 3) / 2 + np.array(matplotlib.colormaps['inferno'](1.0)[:3]) / 2
+    top, bottom, left, right = original
+    side = bottom - top
+    hot_top, hot_bottom, hot_left, hot_right = box(is_colour(image, hot * 255))
+    self.assertBetween(hot_left - right, 0.6 * side, side)
+    self.assertBetween(hot_right - right, side - 2, 1.2 * side)
+    self.assertBetween(hot_top - top, 0.6 * side, 0.9 * side)
+    self.assertBetween(hot_bottom - bottom, -2, 2)
+    cold = image[top + side // 4, right + side // 3]
+    self.assertAllClose(cold, np.array([1, 1, 1]) / 6 * 255, atol=3)  # black over a dark grey
+
+  def test_explanation(self):
+    maps = np.array([[[0, 0], [0, 9]], [[0, 0], [0, 0]]], np.float32)
+    blue = np.full([8, 8, 3], [-1.0, -1.0, 1.0])
+    texts, png = texts_of(pictures.draw_explanation, blue, maps, [2, 0], [0.75, 0.125],
+                          ['daisy', 'rose', 'tulip'])
+    self.assertEqual(texts, ['as the network saw it', 'tulip 0.7500', 'daisy 0.1250, empty map'])
+    image = pixels(png)
+    # The image itself is the first picture, and the last one, whose map is empty.
+    first = image.copy()
+    first[:, 300:] = 255
+    self.check_hot_corner(image, box(is_colour(first, (0, 0, 255))))
+    self.assertGreater(box(is_colour(image, (0, 0, 255)))[2:][1], 850)
 
 
 class CurvesTest(tf.test.TestCase):
