@@ -29,6 +29,7 @@ from tensorflow.python.distribute import multi_worker_util
 from tensorflow.python.ops import collective_ops
 
 from common import files
+from deployment import towers
 
 GROUP_KEY, TOWERS_GROUP_KEY = 1, 2  # the groups of all workers and of their towers
 # Workers match collectives by these numbers.
@@ -152,26 +153,30 @@ class SingleWorker:
                      bucket_bytes=BUCKET_BYTES):
     """Returns the means over the towers of all workers: one list per tower, on its device.
 
+    In float32 and on the CPU devices of one worker, they are those of
+    `towers.average_gradients` to the bit.
+
     Args:
       tower_tensors: one list of float32 tensors of known shapes per tower.
       devices: device of each tower.
       precision, bucket_bytes: see `average`.
     """
+    # A ring adds each chunk of a tensor in another order.
+    in_order = self.size == 1 and not towers.on_gpus(devices)
+    average = _gathered_mean if in_order else _all_reduced_mean
     means = []
     for tensors, device in zip(tower_tensors, devices):
       previous = []
 
-      def all_reduce(flat, number, previous=previous):
-        # NCCL, which is for GPUs, needs the same order everywhere. CPUs use a ring.
+      def average_bucket(flat, number, previous=previous):
+        # NCCL, which is for GPUs, needs the same order everywhere.
         with tf.control_dependencies(previous):
-          mean = collective_ops.all_reduce(
-              flat, self.size * len(devices), TOWERS_GROUP_KEY, number, 'Add', 'Div',
-              communication_hint='nccl')
+          mean = average(flat, self.size * len(devices), number)
         previous[:] = [mean]
         return mean
 
       with tf.device(device):
-        means.append(_average_in_buckets(tensors, precision, bucket_bytes, all_reduce))
+        means.append(_average_in_buckets(tensors, precision, bucket_bytes, average_bucket))
     return means
 
   def average_variables(self, variables, updates):
@@ -515,14 +520,27 @@ class _Watchdog(threading.Thread):
       time.sleep(WATCH_SECS)
 
 
-def _average_in_buckets(tensors, precision, bucket_bytes, all_reduce):
-  """Averages tensors; all_reduce is a function of a bucket's values and its number from 1 on."""
+def _all_reduced_mean(flat, num_towers, key):
+  """Returns the mean of the towers' 1-D tensors: NCCL computes it on GPUs, a ring on CPUs."""
+  return collective_ops.all_reduce(flat, num_towers, TOWERS_GROUP_KEY, key, 'Add', 'Div',
+                                   communication_hint='nccl')
+
+
+def _gathered_mean(flat, num_towers, key):
+  """Returns the mean of the towers' 1-D tensors, computed as `towers.average_gradients` does."""
+  gathered = collective_ops.all_gather(flat, num_towers, TOWERS_GROUP_KEY, key,
+                                       communication_hint='ring')
+  return tf.add_n(tf.split(gathered, num_towers)) / num_towers
+
+
+def _average_in_buckets(tensors, precision, bucket_bytes, average):
+  """Averages tensors; `average` is a function of a bucket's values and its number from 1 on."""
   averaged = [None] * len(tensors)
   sizes = [tensor.shape.num_elements() * 4 for tensor in tensors]
   for number, bucket in enumerate(make_buckets(sizes, bucket_bytes), 1):
     parts = [tensors[i] for i in bucket]
     flat = tf.concat([tf.reshape(part, [-1]) for part in parts], 0)
-    mean = tf.cast(all_reduce(tf.cast(flat, PRECISIONS[precision]), number), tf.float32)
+    mean = tf.cast(average(tf.cast(flat, PRECISIONS[precision]), number), tf.float32)
     split = tf.split(mean, [part.shape.num_elements() for part in parts])
     for i, part, flat_part in zip(bucket, parts, split):
       averaged[i] = tf.reshape(flat_part, part.shape)
