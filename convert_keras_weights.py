@@ -6,8 +6,8 @@
 The first command writes a checkpoint and its model_config.json, for the
 --checkpoint_path of the other scripts; the second writes a file for Keras. Both
 networks have the same 236 weights under different names, so a round trip
-changes no bit. A whole model is converted only if the slim network gives Keras'
-own answers, and what the slim network cannot compute is refused.
+changes no bit. A whole model is converted only if the slim network reproduces
+Keras' outputs; what the slim network cannot compute is refused.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def parse_args(argv=None):
                           help='number of classes that FILE must have (default: any); with '
                           f'{keras_files.IMAGENET}, 0 leaves the logits out')
   slim_group.add_argument('--image_size', type=arguments.image_size,
-                          help='height and width of the images in pixels, where FILE does not say '
+                          help='height and width of the images in pixels, if FILE lacks them '
                           f'(default: {xception.xception.default_image_size})')
   slim_group.add_argument('--labels',
                           help='a labels.txt with the class names (default: the ImageNet names '

@@ -11,7 +11,9 @@ With TF_CONFIG in the environment, several workers train together and only the
 first of them writes.
 """
 
+import contextlib
 import functools
+import shlex
 import sys
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
@@ -149,6 +151,24 @@ def build_chief_hooks(plan, args, train_step, scaffold, writer):
   return hooks
 
 
+def evaluation_command(args):
+  """Returns the shell command that evaluates the checkpoint of a run.
+
+  It evaluates the validation split, or else the test split or the training split, whichever
+  of them the dataset has.
+  """
+  dataset_options = arguments.dataset_options(args)
+  options = {**dataset_options, 'log_dir': args.log_dir}
+  for split_name in ('validation', 'test', 'train'):
+    with contextlib.suppress(flowers.DatasetError, OSError):
+      flowers.get_split(split_name, **dataset_options)
+      break
+  if split_name != 'validation':
+    options['dataset_split_name'] = split_name
+  return shlex.join(['python', 'eval_flowers.py', *(
+      word for name, value in options.items() for word in (f'--{name}', str(value)))])
+
+
 def main(args):
   recipe = options.recipe(args)
   workers = cluster.find_workers()
@@ -194,8 +214,7 @@ def train(plan, args, recipe, session_config, workers):
   if stopped_by:
     print(f'Stopped by {stopped_by}: resume with the same command')
   elif workers.is_chief:
-    print(f'Next: python eval_flowers.py --dataset_dir {args.dataset_dir} '
-          f'--log_dir {plan.log_dir}')
+    print(f'Next: {evaluation_command(args)}')
 
 
 if __name__ == '__main__':

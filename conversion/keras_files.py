@@ -45,7 +45,7 @@ def load(keras_weights, with_top=True):
       what the model computes.
   """
   if keras_weights == IMAGENET:
-    # What Keras publishes is known, so nothing about it is assumed.
+    # What Keras publishes is known, so nothing has to be assumed.
     network = keras_models.read_model(load_imagenet(with_top), IMAGENET)
     return dataclasses.replace(network, notes=[])
   if not os.path.isfile(keras_weights):
@@ -113,7 +113,7 @@ def load_model(path, name=None):
     except Exception as error:  # whatever Keras, h5py and zipfile raise
       raise keras_models.ConversionError(
           f'Keras cannot load {name or path}: {shortened(error)}. If Keras 2 wrote it as .keras, '
-          'save it there as .h5; if it holds code or layers of your own, save its Xception alone'
+          'save it as .h5 with Keras 2; if it has custom code or layers, save only its Xception'
           ) from error
 
 
@@ -164,8 +164,8 @@ def rescaling_layer(value):
   source, node, tensor, arguments = value['inbound_nodes'][0]
   if function not in KERAS_2_ARITHMETIC or not isinstance(arguments.get('y'), numbers.Real):
     raise keras_models.ConversionError(
-        f'layer {value["config"]["name"]} (TFOpLambda): of the operations of Keras 2, only the '
-        'arithmetic of preprocess_input can be converted')
+        f'layer {value["config"]["name"]} (TFOpLambda): of the tensor operations of Keras 2, only '
+        'the arithmetic of preprocess_input can be converted')
   to_rescaling = keras_models.ARITHMETIC[KERAS_2_ARITHMETIC[function]]
   scale, offset = to_rescaling(arguments['y'])
   return {**value, 'class_name': 'Rescaling', 'inbound_nodes': [[[source, node, tensor, {}]]],
@@ -175,8 +175,8 @@ def rescaling_layer(value):
 def modernize_graph(config):
   """Changes the configuration of a functional model of Keras 2 into that of Keras 3."""
   kinds = {layer['name']: layer['class_name'] for layer in config['layers'] if 'name' in layer}
-  # Keras 2 counts the construction of a nested model as its first call, Keras 3 does not; of a
-  # nested functional model that is the output, Keras 3 corrects the number itself.
+  # Keras 2 counts the construction of a nested model as its first call, Keras 3 does not. If a
+  # nested functional model is the output, Keras 3 corrects the number itself.
   for layer in config['layers']:
     for call in layer.get('inbound_nodes', ()):
       for source in call:
@@ -211,20 +211,20 @@ def read_weights(file, path):
     expected = [value.shape for value in layer.get_weights()]
     if shapes != expected:
       raise keras_models.ConversionError(
-          f"{path} does not hold Keras' Xception alone: {name} has weights of the shapes {shapes} "
-          f'where Xception has {expected}. Save the whole model as .keras, and its layers are told '
-          'apart')
+          f"{path} does not match Keras' Xception: {name} has weights of shapes {shapes} where "
+          f'Xception has {expected}. If it holds other layers too, save the whole model as .keras, '
+          'which shows how they are connected')
     weights.update(zip(names, values))
   if stored['Dense'] and stored['Dense'][0][1][0].shape[0] == keras_models.NUM_FEATURES:
     weights.update(keras_models.logits_weights(stored['Dense'].pop(0)[1]))
   unused = [name for layers in stored.values() for name, _ in layers]
   if unused:
     raise keras_models.ConversionError(
-        f'{path} cannot be converted: the slim network is Xception with one dense layer, and has '
-        f'no place for the weights of {", ".join(unused)}')
+        f'{path} cannot be converted: the slim network is Xception with one dense layer and has no '
+        f'place for the weights of {", ".join(unused)}')
   return keras_models.Network(weights, None, [
-      'The file holds weights only: they are taken for Xception with global average pooling and a '
-      'softmax (a sigmoid with one output), for pixels in [-1, 1]'])
+      'The file holds weights only. The model is assumed to be Xception with global average '
+      'pooling and a softmax (a sigmoid if it has one output), and to expect pixels in [-1, 1]'])
 
 
 def stored_layers(file):

@@ -1,7 +1,7 @@
 """Matches Keras models with the slim network, layer by layer.
 
-Layers are matched by the graph they form, so neither their names nor nested
-models matter. A layer that the slim network cannot reproduce is an error that
+Layers are matched by the graph they form, so neither their names nor the nesting
+of models matters. A layer that the slim network cannot reproduce is an error that
 names the layer: no part of a model is dropped silently.
 """
 
@@ -28,7 +28,7 @@ SLIM_VARIABLES = {
 RESIDUAL_CONVS = tuple(f'block{block}_res_conv' for block in (1, 2, 3, 12))
 LOGITS = 'Xception/Logits/weights'
 BIASES = 'Xception/Logits/biases'
-NUM_FEATURES = 2048  # of an image, in front of the logits
+NUM_FEATURES = 2048  # of an image, the input of the logits
 FIRST_CONV = 'Xception/block1_conv1/weights'
 FIRST_MEAN = 'Xception/block1_conv1/BatchNorm/moving_mean'
 
@@ -43,7 +43,7 @@ CONFIG_KEYS = {
     'Activation': ('activation',),
     'Add': (),
 }
-# Layers that pass their input on at inference, as all Random... layers but RandomCrop do.
+# Layers that do nothing at inference, like all Random... layers except RandomCrop.
 NEUTRAL = {'Dropout', 'SpatialDropout2D', 'GaussianDropout', 'GaussianNoise', 'AlphaDropout',
            'ActivityRegularization', 'Identity'}
 # Keras operations of a tensor and a number c, as the (scale, offset) of a Rescaling layer.
@@ -61,11 +61,11 @@ class Network:
 
   Attributes:
     weights: dict {slim variable name: float32 array}.
-    image_size: height and width of its images in pixels, None if it does not say.
+    image_size: height and width of its images in pixels, None if it is not stored.
     notes: sentences on what the conversion assumed.
     answer: function of float32 [n, height, width, 3] images in [-1, 1] that
-      returns what Keras answers in slim's terms: probabilities [n, classes], or
-      pooled features [n, 2048]; None if the file holds weights only.
+      returns Keras' outputs in the form of the slim network's: probabilities
+      [n, classes], or pooled features [n, 2048]; None if the file holds weights only.
   """
   weights: dict[str, np.ndarray]
   image_size: int | None
@@ -149,7 +149,7 @@ def read_model(model, path):
     compute_in_float32(model)
     if len(model.inputs) != 1 or len(model.outputs) != 1:
       raise ConversionError(f'it has {len(model.inputs)} inputs and {len(model.outputs)} outputs, '
-                            'the slim network has one of each')
+                            'but the slim network has one of each')
     xception_output, head = split_head(model.outputs[0])
     dense, activation = read_head(head)
     counterparts, xception_input = match_xception(xception_output)
@@ -161,7 +161,7 @@ def read_model(model, path):
   except ConversionError as error:
     raise ConversionError(f'{path} cannot be converted: {error}') from error
   if dense is not None and activation == 'linear':
-    notes.append(f'{dense.name} has no activation: its outputs are taken for logits')
+    notes.append(f'{dense.name} has no activation: its outputs are treated as logits')
 
   def answer(images):
     with warnings.catch_warnings():
@@ -176,7 +176,7 @@ def read_model(model, path):
 
 
 def compute_in_float32(model):
-  """Sets all layers of a model, also of nested ones, to compute in float32."""
+  """Sets all layers of a model, including nested ones, to compute in float32."""
   for layer in model.layers:
     if hasattr(layer, 'layers'):
       compute_in_float32(layer)
@@ -224,7 +224,7 @@ def refused(layer, reason):
 
 
 def is_neutral(layer):
-  """Returns whether a layer passes its input on at inference."""
+  """Returns whether a layer does nothing at inference."""
   kind = type(layer).__name__
   return (kind in NEUTRAL or kind.startswith('Random') and kind != 'RandomCrop' or
           kind == 'Activation' and layer.get_config()['activation'] == 'linear')
@@ -242,8 +242,8 @@ def split_head(output):
     output: the model's output, a KerasTensor.
 
   Returns:
-    Xception's output as (tensor, outside), and the layers behind it in order,
-    without those that pass their input on.
+    Xception's output as (tensor, outside), and the layers after it in order,
+    without those that do nothing at inference.
   """
   position, head = (output, None), []
   while True:
@@ -253,14 +253,14 @@ def split_head(output):
     if not inputs:
       raise ConversionError('it holds no Xception')
     if len(inputs) > 1:
-      raise refused(layer, 'it is not part of Xception or of a classifier behind it')
+      raise refused(layer, 'it is part of neither Xception nor a classifier after it')
     if not is_neutral(layer):
       head.insert(0, layer)
     position = inputs[0]
 
 
 def read_head(head):
-  """Returns the dense layer behind Xception, and its activation; None, None without one."""
+  """Returns the dense layer after Xception and its activation, or None, None."""
   pooled, dense, activation = False, None, None
   for layer in head:
     kind, config = type(layer).__name__, layer.get_config()
@@ -273,16 +273,16 @@ def read_head(head):
     elif kind in ('Activation', 'Softmax') and dense is not None and activation == 'linear':
       activation = config.get('activation', 'softmax')
     else:
-      raise refused(layer, 'behind Xception, the slim network has global average pooling and one '
-                    'dense layer with one activation, nothing else')
+      raise refused(layer, 'after Xception, the slim network has global average pooling and one '
+                    'dense layer with one activation, and nothing else')
   if dense is None:
     return None, None
   if activation not in ('softmax', 'sigmoid', 'linear'):
-    raise refused(dense, f'its activation is {activation}, the slim network has a softmax')
+    raise refused(dense, f'its activation is {activation}, but the slim network has a softmax')
   outputs = dense.units
   if activation == 'sigmoid' and outputs > 1:
-    raise refused(dense, f'its {outputs} sigmoid outputs are {outputs} independent decisions; the '
-                  'slim network has a softmax over classes that exclude one another')
+    raise refused(dense, f'its {outputs} sigmoid outputs are independent decisions, but the slim '
+                  'network has a softmax over mutually exclusive classes')
   if activation == 'softmax' and outputs == 1:
     raise refused(dense, 'the softmax of one output is always 1')
   return dense, activation
@@ -337,8 +337,8 @@ def matched_weights(counterparts):
     shapes, expected_shapes = ([value.shape for value in source.get_weights()]
                                for source in (layer, expected))
     if shapes != expected_shapes:
-      raise refused(layer, f"its weights have the shapes {shapes}, in Keras' Xception "
-                    f'{expected_shapes}')
+      raise refused(layer, f"its weights have shapes {shapes}, but those of Keras' Xception "
+                    f'have {expected_shapes}')
     weights.update(zip(names, (np.asarray(value, np.float32) for value in values)))
   return weights
 
@@ -346,12 +346,12 @@ def matched_weights(counterparts):
 def logits_weights(values, activation=None):
   """Returns the slim weights of a dense layer.
 
-  One output with a sigmoid, or with none, becomes two logits, 0 and its own:
-  their softmax is (1 - p, p).
+  A single output without a softmax becomes two logits, 0 and its own, whose softmax
+  is (1 - p, p).
 
   Args:
     values: its kernel [2048, outputs] and, if it has one, its bias [outputs].
-    activation: 'softmax', 'sigmoid' or 'linear'; None if the file does not say.
+    activation: 'softmax', 'sigmoid' or 'linear'; None if it is not stored.
   """
   kernel = np.asarray(values[0], np.float32)
   bias = np.asarray(values[1] if len(values) > 1 else np.zeros(kernel.shape[1]), np.float32)
@@ -361,7 +361,7 @@ def logits_weights(values, activation=None):
 
 
 def read_front(position):
-  """Reads what is in front of Xception.
+  """Reads the layers before Xception.
 
   Args:
     position: Xception's input as (tensor, outside), see `trace`.
@@ -388,54 +388,55 @@ def read_front(position):
     return scale, offset, None
   height, width = known[0]
   if height != width:
-    raise ConversionError(f'its images are {height} x {width} pixels, those of the scripts here '
-                          'are square')
+    raise ConversionError(f'its images are {height} x {width} pixels, but the scripts here need '
+                          'square ones')
   if height < xception.MIN_IMAGE_SIZE:
-    raise ConversionError(f'its images are {height} x {width} pixels, the slim network needs '
+    raise ConversionError(f'its images are {height} x {width} pixels, but the slim network needs '
                           f'{xception.MIN_IMAGE_SIZE} x {xception.MIN_IMAGE_SIZE} or more')
   if resizing is not None and known[-1] != known[0]:
-    raise refused(resizing, f'the model resizes images of {known[-1][0]} x {known[-1][1]} pixels; '
-                  'the scripts here resize images themselves: save the model without it')
+    raise refused(resizing, f'it resizes images of {known[-1][0]} x {known[-1][1]} pixels, which '
+                  'the scripts here do themselves: save the model without this layer')
   return scale, offset, height
 
 
 def rescaling(layer, kind, arguments):
-  """Returns the scale and the offset of a layer in front of Xception."""
+  """Returns the scale and the offset of a layer before Xception."""
   if kind == 'Rescaling' and np.ndim(layer.scale) == np.ndim(layer.offset) == 0:
     return float(layer.scale), float(layer.offset)
   if kind in ARITHMETIC and len(arguments) == 2 and isinstance(arguments[1], numbers.Real):
     return ARITHMETIC[kind](float(arguments[1]))
-  raise refused(layer, 'in front of Xception, only rescaling by a number and random augmentation '
-                'can be converted')
+  raise refused(layer, 'before Xception, only rescaling by a number and random augmentation can '
+                'be converted')
 
 
 def fold_rescaling(weights, scale, offset):
   """Makes the first convolution take pixels in [-1, 1], as all scripts feed them.
 
-  It has no padding, so any rescaling folds exactly into its kernel and into the
-  mean of the batch norm behind it.
+  It has no padding, so any rescaling can be folded exactly into its kernel and into
+  the mean of the batch norm after it.
 
   Args:
     weights: dict {slim variable name: array}, changed in place.
-    scale, offset: the rescaling in front of Xception.
+    scale, offset: the rescaling before Xception.
 
   Returns:
     A list of notes, and a function from images in [-1, 1] to the model's pixels.
   """
   if (scale, offset) == (1.0, 0.0):
-    return ['The file does not rescale pixels: it is taken for a model of pixels in [-1, 1], as '
-            'keras.applications.xception.preprocess_input makes them'], lambda images: images
+    return ['The model does not rescale pixels, so it is assumed to expect pixels in [-1, 1], as '
+            'keras.applications.xception.preprocess_input returns'], lambda images: images
   if np.allclose([scale, offset], [2.0, -1.0]):
     return [], lambda images: (images + 1) / 2
   if not -1.01 < offset < 255 * scale + offset < 1.01:
-    raise ConversionError(f'it rescales pixels to {scale:g} x pixel {offset:+g}, which maps 0 to '
-                          '255 to numbers outside of [-1, 1]')
+    raise ConversionError(f'it rescales pixels to {scale:g} x pixel {offset:+g}, which is not '
+                          'within [-1, 1] for pixels of 0 to 255')
   # In terms of an image in [-1, 1], Xception sees factor * image + addend.
   factor, addend = 127.5 * scale, 127.5 * scale + offset
   if not np.allclose([factor, addend], [1.0, 0.0], atol=1e-6):
     kernel = weights[FIRST_CONV].astype(np.float64)
     weights[FIRST_CONV] = (kernel * factor).astype(np.float32)
     weights[FIRST_MEAN] = (weights[FIRST_MEAN] - addend * kernel.sum((0, 1, 2))).astype(np.float32)
-    return [f'Its pixels are rescaled to [{offset:.3g}, {255 * scale + offset:.3g}]: the first '
-            'convolution was changed to take [-1, 1] instead'], lambda images: 127.5 * (images + 1)
+    note = (f'The model rescales pixels to [{offset:.3g}, {255 * scale + offset:.3g}]: its first '
+            'convolution was changed to expect [-1, 1] instead')
+    return [note], lambda images: 127.5 * (images + 1)
   return [], lambda images: 127.5 * (images + 1)

@@ -1,4 +1,4 @@
-"""Writes files of a conversion: nothing is overwritten unasked, or left half-written."""
+"""Writes the files of a conversion: none is overwritten unasked or left half-written."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ def refuse_existing(paths, overwrite):
   for path in paths:
     if os.path.exists(path) and not overwrite:
       raise keras_models.ConversionError(
-          f'{path} exists: choose another folder or name, or give --overwrite')
+          f'{path} exists: choose another folder or name, or add --overwrite')
 
 
 @contextlib.contextmanager

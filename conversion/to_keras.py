@@ -46,7 +46,7 @@ def convert(checkpoint, path, use_averages='auto', overwrite=False):
         f'{checkpoint} is damaged ({error.message}): convert another checkpoint') from error
   size, num_classes = model.input_shape[1], model.output_shape[1]
   print(f'Read {len(names)} weights of {checkpoint}: '
-        f'{"their Polyak averages" if are_averages else "the weights, not averages"}; '
+        f'{"their Polyak averages" if are_averages else "as trained, not averaged"}; '
         f'{model.count_params():,} parameters, {num_classes} classes, images of {size} x {size}')
 
   with output_files.folder_beside(path) as folder:
@@ -83,11 +83,12 @@ def build_for(checkpoint, stored):
       weights=None, classes=stored.get(keras_models.LOGITS, [1])[-1], input_shape=(size, size, 3))
 
   expected = {name: list(value.shape) for name, value in keras_models.slim_weights(model).items()}
-  odd = [f'lacks {name}' for name in expected if name not in stored]
-  odd += [f'has {layer}' for layer in sorted(layers - {name.split('/')[1] for name in expected})]
-  if odd:
+  problems = [f'lacks {name}' for name in expected if name not in stored]
+  problems += [f'has {layer}'
+               for layer in sorted(layers - {name.split('/')[1] for name in expected})]
+  if problems:
     raise keras_models.ConversionError(
-        f"{checkpoint} does not hold Keras' Xception: it {odd[0]}. Convert a checkpoint that "
+        f"{checkpoint} does not hold Keras' Xception: it {problems[0]}. Convert a checkpoint that "
         'train_flowers.py wrote')
   for name, shape in expected.items():
     if stored[name] != shape:

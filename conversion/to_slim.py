@@ -27,9 +27,9 @@ def convert(keras_weights, path, num_classes=None, image_size=None, class_names=
   Args:
     keras_weights: path of a Keras file, or 'imagenet'.
     path: path of the checkpoint, without its file endings.
-    num_classes: int that the number of classes must equal; None accepts any.
+    num_classes: int, the number of classes that is required; None accepts any.
       With 'imagenet', 0 leaves the logits out.
-    image_size: int, pixels of the images if the file does not say; None is 299.
+    image_size: int, height and width in pixels if the file does not give them; None is 299.
     class_names: list of str; None are those of ImageNet, or class_0, class_1, ...
     overwrite: bool, whether existing files may be replaced.
 
@@ -94,8 +94,9 @@ def choose_image_size(network, image_size, keras_weights):
   """Returns the image size of a Keras file, or `image_size` if the file has none."""
   if network.image_size is None:
     if image_size is None and network.num_classes and keras_weights != keras_files.IMAGENET:
-      print('The file does not say how large its images are: they are taken to be of '
-            f'{xception.xception.default_image_size} pixels; --image_size gives another size')
+      size = xception.xception.default_image_size
+      print(f'The file does not give the size of its images: {size} x {size} pixels are assumed; '
+            '--image_size sets another size')
     return image_size or xception.xception.default_image_size
   if image_size not in (None, network.image_size):
     raise keras_models.ConversionError(
@@ -110,7 +111,7 @@ def choose_class_names(class_names, num_classes, keras_weights):
     class_names = keras_files.imagenet_names()
   if class_names is None:
     class_names = [f'class_{i}' for i in range(num_classes)]
-    print(f'The classes are named class_0 to {class_names[-1]}; --labels gives other names')
+    print(f'The classes are named class_0 to {class_names[-1]}; --labels sets other names')
   if len(class_names) != num_classes:
     raise keras_models.ConversionError(
         f'--labels names {len(class_names)} classes, but {keras_weights} has {num_classes}: give '
@@ -119,16 +120,16 @@ def choose_class_names(class_names, num_classes, keras_weights):
 
 
 def write_checkpoint(network, config, image_size, path):
-  """Writes a slim checkpoint of step 0 that gives Keras' answers, replacing existing files.
+  """Writes a slim checkpoint of step 0 that reproduces Keras' outputs; replaces existing files.
 
   Args:
     network: a keras_models.Network.
     config: a ModelConfig, or None for weights without logits.
-    image_size: height and width in pixels of the images to compare the answers on.
+    image_size: height and width in pixels of the images on which outputs are compared.
     path: path of the checkpoint, without its file endings.
 
   Raises:
-    keras_models.ConversionError: it cannot be written, or answers differ.
+    keras_models.ConversionError: it cannot be written, or the outputs differ.
   """
   values = {**network.weights, 'global_step': np.int64(0)}
   with output_files.folder_beside(path) as folder:
@@ -149,7 +150,7 @@ def write_checkpoint(network, config, image_size, path):
 
 
 def compare_answers(checkpoint, network, image_size):
-  """Raises a ConversionError unless a checkpoint answers as Keras does, on random images."""
+  """Raises a ConversionError unless a checkpoint reproduces Keras' outputs on random images."""
   images = np.random.default_rng(0).uniform(-1, 1, [2, image_size, image_size, 3])
   images = images.astype(np.float32)
   with tf.Graph().as_default(), \
@@ -165,6 +166,6 @@ def compare_answers(checkpoint, network, image_size):
   # Probabilities are at most 1; features can be much larger.
   if not difference <= TOLERANCE * max(1, np.abs(expected).max()):
     raise keras_models.ConversionError(
-        f'The slim network answers {found[0]} where Keras answers {expected[0]}: the model '
+        f'The slim network outputs {found[0]} where Keras outputs {expected[0]}: the model '
         'computes something that its layers and weights do not show')
-  print(f"The slim network gives Keras' answers: they differ by at most {difference:.1g}")
+  print(f"The slim network reproduces Keras' outputs: they differ by at most {difference:.1g}")

@@ -118,8 +118,8 @@ class SingleWorker:
 
     Args:
       session_config: tf.ConfigProto of its sessions, completed in place.
-      startup_timeout_secs: seconds until the first step.
-      step_timeout_secs: seconds between two later steps.
+      startup_timeout_secs: time limit in seconds for the first step.
+      step_timeout_secs: time limit in seconds for each later step.
 
     Raises:
       ClusterError: the server cannot start.
@@ -140,7 +140,7 @@ class SingleWorker:
     """
 
   def average(self, tensors, precision='float32', bucket_bytes=BUCKET_BYTES):
-    """Returns the means of float32 tensors over the workers, which wait for the slowest here.
+    """Returns the means of float32 tensors over the workers, which wait here for the slowest.
 
     Args:
       tensors: list of float32 tensors of known shapes.
@@ -266,7 +266,7 @@ class Workers(SingleWorker):
       self._server = tf.train.Server(self._spec, job, task, config=session_config)
     except (tf.errors.OpError, RuntimeError) as error:
       raise ClusterError(f'{self} cannot start its server: {_first_line(error)}. Is its port '
-                         'taken, or is this a different machine?') from error
+                         'taken, or does the address belong to another machine?') from error
     self.master = self._server.target
 
   def all_gather(self, value):
@@ -284,9 +284,9 @@ class Workers(SingleWorker):
         with self.session() as session:
           rows = session.run(total)
       except tf.errors.InternalError as error:  # raised if workers disagree about the size
-        raise ClusterError(f'{self}: TF_CONFIG lists {self.size} workers here and others '
-                           'elsewhere; it must list the same ones in the same order on every '
-                           'worker') from error
+        raise ClusterError(f'{self}: TF_CONFIG lists {self.size} workers here and another '
+                           'number elsewhere; it must list the same workers in the same order '
+                           'everywhere') from error
       except PEER_ERRORS as error:
         raise self.explain(error) from error
     return [json.loads(row.tobytes()) for row in rows]
@@ -392,7 +392,8 @@ class Workers(SingleWorker):
     # Closing the session may wait for its peers again.
     self._watchdog.expect(LEAVE_SECS, 'The session did not close', None)
     absent = self.absent()
-    verdict = 'lost the others' if absent or isinstance(error, LOST_PEER_ERRORS) else 'failed'
+    verdict = ('lost the other workers' if absent or isinstance(error, LOST_PEER_ERRORS) else
+               'failed')
     return ClusterError(f'{self} {verdict} ({type(error).__name__}: {_first_line(error)}). '
                         f'{absent}{RESTART_ADVICE}')
 
@@ -434,7 +435,7 @@ class Workers(SingleWorker):
 
 
 class _SynchronizationHook(tf.train.SessionRunHook):
-  """Copies the chief's variables, compares the weights, and stops all workers at one step."""
+  """Copies the chief's variables, compares the weights, and stops all workers at the same step."""
 
   def __init__(self, workers, stop_request, stop_requests, check_weights_steps):
     self._workers = workers
@@ -489,7 +490,7 @@ class _ArraySum:
 class _Watchdog(threading.Thread):
   """Ends this process when the workers exceed a time limit.
 
-  TensorFlow itself would wait forever for a peer that is frozen or was never started.
+  TensorFlow itself would wait forever for a peer that hangs or was never started.
   """
 
   def __init__(self, workers):
@@ -534,7 +535,7 @@ def _gathered_mean(flat, num_towers, key):
 
 
 def _average_in_buckets(tensors, precision, bucket_bytes, average):
-  """Averages tensors; `average` is a function of a bucket's values and its number from 1 on."""
+  """Averages tensors; `average` is a function of a bucket's values and its number, from 1."""
   averaged = [None] * len(tensors)
   sizes = [tensor.shape.num_elements() * 4 for tensor in tensors]
   for number, bucket in enumerate(make_buckets(sizes, bucket_bytes), 1):

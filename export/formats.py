@@ -32,7 +32,7 @@ Format = collections.namedtuple('Format', [
     # accuracies instead.
     'bound',
     'has_bfloat16',  # whether the format can hold bfloat16 operations
-    'is_calibrated',  # whether activations are quantised, by means of training images
+    'is_calibrated',  # whether activations are quantized, by means of training images
     # Function of a tf.GraphDef with nodes `input` and `output`, a path and Settings.
     'write',
 ])

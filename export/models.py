@@ -275,4 +275,4 @@ def _to_probabilities(path, port, output, num_classes):
 def _require_scale(path, port):
   if not port.scale:
     raise ModelError(f'{path}: {port.name} is {port.dtype} without a scale, expected float32 or '
-                     'a quantised type')
+                     'a quantized type')

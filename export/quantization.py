@@ -1,4 +1,4 @@
-"""Quantises models to 8 bits, calibrated on training images.
+"""Quantizes models to 8 bits, calibrated on training images.
 
   images = quantization.read_calibration_images(class_names, 299, 200, 'dataset')
   quantization.quantize_onnx('frozen_model_xception.onnx', 'quantized.onnx', images)
@@ -22,7 +22,7 @@ from records import flowers
 CALIBRATION_IMAGES = 200
 BATCH_SIZE = 8  # of calibration, if the model takes any
 
-# How far equalisation evens out activations (1) or else weights (0).
+# How far equalization evens out activations (1) or else weights (0).
 EQUALIZATION = 0.75
 
 
@@ -147,7 +147,7 @@ def _channel_ranges(graph_def, names, images, batch_size):
 
 
 def configure_tflite(converter, images, batch_size):
-  """Makes a TFLite converter quantise weights and activations, input and output included.
+  """Makes a TFLite converter quantize weights and activations, input and output included.
 
   Args:
     converter: tf.lite.TFLiteConverter.
@@ -162,11 +162,11 @@ def configure_tflite(converter, images, batch_size):
 
 
 def quantize_onnx(float_path, path, images, batch_size=None):
-  """Quantises an ONNX model; its input and output stay float32.
+  """Quantizes an ONNX model; its input and output stay float32.
 
   Args:
     float_path: path of the model.
-    path: where to write the quantised model.
+    path: where to write the quantized model.
     images: from `read_calibration_images`, in the layout of the model's input.
     batch_size: the model's; None is any.
   """
@@ -184,7 +184,7 @@ def quantize_onnx(float_path, path, images, batch_size=None):
 
 
 def describe(path):
-  """Returns the dtype, scale and zero point of a quantised model's input and output.
+  """Returns the dtype, scale and zero point of a quantized model's input and output.
 
   Args:
     path: .tflite or .onnx file.

@@ -37,7 +37,7 @@ Port = collections.namedtuple('Port', [
     'name',  # as its file calls it
     'shape',  # list of ints, None for an unknown dimension; None if the rank is unknown
     'dtype',  # NumPy's; object for strings
-    'scale',  # a quantised value q stands for (q - zero_point) * scale; 0.0 if not quantised
+    'scale',  # a quantized value q stands for (q - zero_point) * scale; 0.0 if not quantized
     'zero_point',
 ])
 Network = collections.namedtuple('Network', [

@@ -10,6 +10,7 @@ import csv
 import glob
 import hashlib
 import os
+import shlex
 import tempfile
 import unicodedata
 
@@ -29,7 +30,7 @@ WRITE_WINDOW = 256  # images in memory at a time
 MAX_LISTED_CLASSES = 50  # in the printed table
 MAX_SHARDS = 99_999  # the file names have five digits
 
-# Subfolders of an image folder that is split already, in any case.
+# Names, in upper or lower case, of the subfolders of an image folder that is already split.
 SPLIT_FOLDERS = {'train': 'train', 'training': 'train', 'val': 'validation',
                  'valid': 'validation', 'validation': 'validation', 'test': 'test',
                  'testing': 'test'}
@@ -57,7 +58,7 @@ def create_dataset(image_dir, dataset_dir, dataset_name=flowers.DATASET_NAME,
     dataset_name: prefix of the shards' names.
     validation_fraction: float in [0, 1), share of each class that goes to the
       validation split; 0 writes no validation split. None means VALIDATION_FRACTION;
-      it must be None for images that are split already.
+      it must be None for images that are already split.
     num_shards: number of files per split.
     seed: int of 0 or more that determines the split and the order.
     num_workers: number of images to decode in parallel; None means one per core. It
@@ -68,14 +69,14 @@ def create_dataset(image_dir, dataset_dir, dataset_name=flowers.DATASET_NAME,
 
   Raises:
     flowers.DatasetError: the folders are unsuitable, or existing files would be
-      replaced; nothing was written.
+      replaced. Nothing is written then.
   """
   if os.sep in dataset_name or not flowers.is_class_name(dataset_name):
     raise flowers.DatasetError(
         f'--dataset_name {dataset_name!r} cannot be used as a file name prefix')
   splits = find_splits(image_dir, dataset_dir)
   if validation_fraction is not None and None not in splits:
-    raise flowers.DatasetError(f'{image_dir} is split into {", ".join(splits)} already: leave out '
+    raise flowers.DatasetError(f'{image_dir} is already split into {", ".join(splits)}: leave out '
                                '--validation_fraction')
   class_names = order_classes(image_dir, splits, labels_file)
   check_target(dataset_dir, dataset_name, class_names, overwrite)
@@ -120,8 +121,8 @@ def find_splits(image_dir, dataset_dir):
   for name in names:
     if list(names.values()).count(names[name]) > 1 or names[name] is None:
       raise flowers.DatasetError(
-          f'{image_dir} has the folders {", ".join(names)}: images that are split already need '
-          'one folder of each of train, validation and test, and no other')
+          f'{image_dir} has the folders {", ".join(names)}: for images that are already split, it '
+          'needs one folder each for train and validation or test, and no others')
   splits = {}
   for name in sorted(names, key=lambda name: flowers.SPLITS.index(names[name])):
     splits[names[name]] = find_classes(folders[name], _subfolders(folders[name], dataset_dir))
@@ -141,8 +142,8 @@ def find_classes(image_dir, folders):
   for name, folder in folders.items():
     if not flowers.is_class_name(name):
       raise flowers.DatasetError(
-          f'The class folder {_printable(name)!r} cannot be written to labels.txt: use a UTF-8 '
-          'name without line breaks or leading or trailing spaces')
+          f'The class name {_printable(name)!r} cannot be written to labels.txt: give the folder a '
+          'UTF-8 name without line breaks or leading or trailing spaces')
     name = unicodedata.normalize('NFC', name)
     if name in files:
       raise flowers.DatasetError(f'{image_dir} has two folders named {name}, in different '
@@ -151,8 +152,8 @@ def find_classes(image_dir, folders):
     if not children:
       raise flowers.DatasetError(f'The class folder {folder} is empty: fill or remove it')
     if all(child.is_dir() for child in children):
-      raise flowers.DatasetError(f'{folder} has only folders in it: if the classes are one level '
-                                 f'deeper, use --image_dir {folder}')
+      raise flowers.DatasetError(f'{folder} contains only folders: if the classes are one level '
+                                 f'deeper, use --image_dir {shlex.quote(folder)}')
     files[name] = [child.path for child in children]
   return files
 
@@ -303,7 +304,7 @@ def new_files(dataset_dir, find_old_files=tuple):
     with tempfile.TemporaryDirectory(prefix='.new-', dir=dataset_dir) as folder:
       yield folder
       names = os.listdir(folder)
-      if flowers.LABELS_FILE in names:  # without it, no reader takes a mix of old and new shards
+      if flowers.LABELS_FILE in names:  # without it, nothing reads a mix of old and new shards
         with contextlib.suppress(FileNotFoundError):
           os.remove(os.path.join(dataset_dir, flowers.LABELS_FILE))
       for path in find_old_files():
@@ -393,7 +394,7 @@ def print_classes_without_images(class_names, splits):
     without = sorted(set(class_names).difference(
         item.class_name for item in splits[split_name]), key=class_names.index)
     if without:
-      print(f'Note: the {split_name} split has no image of {len(without)} of {len(class_names)} '
+      print(f'Note: the {split_name} split has no images of {len(without)} of {len(class_names)} '
             f'classes ({", ".join(without[:3])}{", ..." if len(without) > 3 else ""})')
 
 
@@ -444,7 +445,7 @@ def _read(path):
 
 
 def _existing_files(dataset_dir, dataset_name):
-  """Returns the paths of the files that a new dataset replaces, beside labels.txt."""
+  """Returns the paths of the files that a new dataset replaces, except labels.txt."""
   pattern = flowers.name_pattern(dataset_name)
   paths = [path for split_name in flowers.SPLITS for path in glob.glob(
       os.path.join(glob.escape(dataset_dir), pattern.replace('%s', split_name)))]

@@ -309,7 +309,7 @@ class KerasToSlimTest(ConversionTestCase):
     self.assertEqual(hashes, [with_top, names, with_top, names, without_top])
     for output in outputs[:2]:
       self.assertIn('Read 236 weights of imagenet: 22,910,480 parameters, 1000 classes', output)
-    self.assertIn('named class_0 to class_999; --labels gives other names', outputs[0])
+    self.assertIn('named class_0 to class_999; --labels sets other names', outputs[0])
     self.assertEqual(class_names[0], [f'class_{i}' for i in range(1000)])
     self.assertNotIn('--labels', outputs[1])
     self.assertEqual(class_names[1], [f'name_{i}' for i in range(1000)])
@@ -365,13 +365,14 @@ class KerasToSlimTest(ConversionTestCase):
     with open(labels, 'w') as f:
       f.write('0:no\n1:yes\n')
     output = self.to_slim(path, '--labels', labels)
-    self.assertRegex(output, r"The slim network gives Keras' answers: they differ by at most \S+-0")
+    self.assertRegex(
+        output, r"The slim network reproduces Keras' outputs: they differ by at most \S+-0")
     config = checkpoints.load_config(self.checkpoint)
     self.assertEqual((config.image_size, config.class_names), (71, ['no', 'yes']))
     self.assertRefused('is for images of 71 x 71 pixels, not 299: leave --image_size out',
                        self.to_slim, path, '--image_size', '299', '--overwrite')
     # Weights alone do not say how large the images are.
-    self.assertIn('taken to be of 299 pixels', self.to_slim(KERAS_FILE, '--overwrite'))
+    self.assertIn('299 x 299 pixels are assumed', self.to_slim(KERAS_FILE, '--overwrite'))
     config = checkpoints.load_config(self.checkpoint)
     self.assertEqual((config.image_size, config.class_names),
                      (299, [f'class_{i}' for i in range(5)]))
@@ -381,7 +382,7 @@ class KerasToSlimTest(ConversionTestCase):
   def test_other_answers_than_those_of_keras(self):
     path = self.path('small.keras')
     in_keras(save_small_model, path)
-    self.assertRefused('The slim network answers .* where Keras answers', in_keras,
+    self.assertRefused('The slim network outputs .* where Keras outputs', in_keras,
                        convert_with_other_answers, path, self.checkpoint)
     self.assertEqual(os.listdir(os.path.dirname(self.checkpoint)), [])
 
@@ -419,7 +420,7 @@ class KerasToSlimTest(ConversionTestCase):
       existing = os.path.join(os.path.dirname(self.checkpoint), name)
       with open(existing, 'w'):
         pass
-      self.assertRefused(f'{existing} exists: choose another folder or name, or give --overwrite',
+      self.assertRefused(f'{existing} exists: choose another folder or name, or add --overwrite',
                          to_slim, path)
       os.remove(existing)
 
@@ -478,7 +479,7 @@ class SlimToKerasTest(ConversionTestCase):
     with open(self.path('xception.h5'), 'w') as f:
       f.write('old')
     output = self.to_keras(self.trained, 'xception.h5', '--use_averages', 'no', '--overwrite')
-    self.assertIn('the weights, not averages', output)
+    self.assertIn('as trained, not averaged', output)
     weights, size, _ = in_keras(load, self.path('xception.h5'))
     self.assertSameWeights(weights, {name: 2 * value for name, value in WEIGHTS.items()})
     self.assertEqual(size, (128, 128))
@@ -486,7 +487,7 @@ class SlimToKerasTest(ConversionTestCase):
   def test_there_and_back_again(self):
     self.to_slim(KERAS_FILE, '--num_classes', '5')
     output = self.to_keras(self.checkpoint, 'back.weights.h5')
-    self.assertIn('the weights, not averages', output)
+    self.assertIn('as trained, not averaged', output)
     self.assertIn('images of 299 x 299', output)
     weights, _, _ = in_keras(load, self.path('back.weights.h5'))
     self.assertSameWeights(weights, WEIGHTS)
@@ -545,7 +546,7 @@ class SlimToKerasTest(ConversionTestCase):
     with open(self.path('xception.keras'), 'w'):
       pass
     self.assertRefused(f'{self.path("xception.keras")} exists: choose another folder or name, or '
-                       'give --overwrite', to_keras, self.log_dir, 'xception.keras')
+                       'add --overwrite', to_keras, self.log_dir, 'xception.keras')
 
 
 class CommandLineTest(ConversionTestCase):

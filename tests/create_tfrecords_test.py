@@ -233,7 +233,7 @@ class CreateDatasetTest(tf.test.TestCase):
     self.write_classes(cat=2)
     self.assertRefused('images needs at least 2 class folders, found 1')
     self.write('dog/x/1.jpg', image_bytes(1))
-    self.assertRefused('dog has only folders in it: if the classes are one level deeper')
+    self.assertRefused('dog contains only folders: if the classes are one level deeper')
     shutil.rmtree(os.path.join(self.image_dir, 'dog'))
     os.mkdir(os.path.join(self.image_dir, 'dog'))
     self.assertRefused('The class folder .*dog is empty')
@@ -374,21 +374,21 @@ class CreateDatasetTest(tf.test.TestCase):
     self.assertEqual([line.split() for line in output.splitlines()[:4]], [
         ['class', 'train', 'validation', 'test', 'rejected'], ['cat', '3', '3', '3', '1'],
         ['dog', '3', '3', '0', '0'], ['total', '6', '6', '3', '1']])
-    self.assertIn('Note: the test split has no image of 1 of 2 classes (dog)\n', output)
+    self.assertIn('Note: the test split has no images of 1 of 2 classes (dog)\n', output)
     for split, numbers in (('train', [1, 0]), ('validation', [2, 3]), ('test', [4])):
       self.assertCountEqual([(r[0], r[2]) for r in self.features(split)], [
           (image_bytes([number, i]), label) for label, number in enumerate(numbers)
           for i in range(3)])
-    self.assertRefused('is split into train, validation, test already: leave out',
+    self.assertRefused('is already split into train, validation, test: leave out',
                        validation_fraction=0.2, overwrite=True)
     self.write('val/cow/1.jpg', image_bytes(8))
     self.assertRefused('val has the class cow, but .*train does not', overwrite=True)
     self.write('valid/cat/1.jpg', image_bytes(9))
-    self.assertRefused('need one folder of each of train', overwrite=True)
+    self.assertRefused('needs one folder each for train and validation or test', overwrite=True)
 
   def test_classes_without_validation_images(self):
     self.write_classes(one=1, two=2, three=3)
-    self.assertIn('Note: the validation split has no image of 1 of 3 classes (one)\n',
+    self.assertIn('Note: the validation split has no images of 1 of 3 classes (one)\n',
                   self.create(num_shards=1))
     shutil.rmtree(self.image_dir)
     self.write_classes(one=1, two=1, three=1)

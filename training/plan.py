@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import shlex
 import sys
 
 import tensorflow.compat.v1 as tf
@@ -16,7 +17,7 @@ from records import flowers
 from training import log_folder
 from training import optimization
 
-# The options, beside the recipe's, on which the workers of a cluster must agree.
+# The options, besides the recipe's, on which the workers of a cluster must agree.
 SHARED_OPTIONS = ('batch_size', 'accumulate_steps', 'image_size', 'depth_multiplier',
                   'num_epochs', 'max_number_of_steps', 'class_weights', 'trainable_scopes',
                   'precision', 'eval_every_epochs', 'early_stop_patience',
@@ -139,8 +140,8 @@ def show(plan, args, recipe, workers):
   print(f'{plan.dataset.num_samples} images of {plan.dataset.num_classes} classes: '
         f'{plan.steps_per_epoch:.1f} steps per epoch')
   print(f'Recipe: {optimization.describe(recipe)}')
-  watch = (f'watch it with: tensorboard --logdir={plan.log_dir}' if workers.is_chief else
-           'worker 0 writes the log')
+  watch = (f'watch it with: tensorboard --logdir={shlex.quote(plan.log_dir)}'
+           if workers.is_chief else 'worker 0 writes the log')
   print(f'Steps {plan.start_step} to {plan.max_steps}, seed {plan.config.seed}; {watch}',
         flush=True)
 

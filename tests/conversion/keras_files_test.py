@@ -53,7 +53,7 @@ def read_weights(head, suffix, pooling='GlobalAveragePooling2D'):
   Args:
     head: list of (layer class, arguments) behind the pooling.
     suffix: .weights.h5 of Keras 3, or .h5 for those of Keras 2.
-    pooling: class of the layer behind Xception.
+    pooling: class of the layer after Xception.
 
   Returns:
     Whether the weights read are those saved, and the notes; or the error's text.
@@ -190,8 +190,8 @@ class KerasFilesTest(tf.test.TestCase):
         is_same, notes = KERAS.submit(read_weights, head, suffix).result()
         self.assertTrue(is_same)
         self.assertLen(notes, 1)
-        self.assertRegex(notes[0], r'holds weights only: .* global average pooling and a softmax '
-                         r'\(a sigmoid with one output\), for pixels in \[-1, 1\]')
+        self.assertRegex(notes[0], r'holds weights only\. .* global average pooling and a softmax '
+                         r'\(a sigmoid if it has one output\), and to expect pixels in \[-1, 1\]')
 
   def test_what_weights_alone_do_not_show(self):
     head = [('Dense', {'units': 3, 'activation': 'sigmoid'})]
@@ -215,7 +215,7 @@ class KerasFilesTest(tf.test.TestCase):
     self.assertLess(answer, 1e-5)
     self.assertEqual(weights, 0)
     self.assertLen(notes, 1)
-    self.assertIn('rescaled to [0, 1]', notes[0])
+    self.assertIn('rescales pixels to [0, 1]', notes[0])
     self.assertEqual(size, 71)
 
   def test_code_of_a_file_is_not_run(self):
@@ -225,7 +225,7 @@ class KerasFilesTest(tf.test.TestCase):
       self.assertNotIn('\n', message)
       self.assertFalse(was_run)
     message = KERAS.submit(read_own_layer).result()
-    self.assertRegex(message, 'Keras cannot load .*own.keras: .* or layers of your own, save its')
+    self.assertRegex(message, 'Keras cannot load .*own.keras: .* custom code or layers, save only')
     self.assertNotIn('\n', message)
 
 

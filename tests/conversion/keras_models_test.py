@@ -180,7 +180,7 @@ SAVED = ('preprocess_input', 'renamed')  # the others are read without the detou
 # name: (makes the model, why it is refused)
 REFUSED = {
     'batch norm': (lambda: flat(layers.BatchNormalization(name='bn'), softmax()),
-                   r'layer bn \(BatchNormalization\): behind Xception'),
+                   r'layer bn \(BatchNormalization\): after Xception'),
     'two dense': (lambda: flat(layers.Dense(64), layers.Dense(5, name='last')),
                   r'layer last \(Dense\)'),
     'hidden': (lambda: flat(layers.Dense(64), layers.ReLU(name='relu'), softmax()),
@@ -191,7 +191,8 @@ REFUSED = {
         layers.GlobalMaxPooling2D(name='max')(BASE.output))), r'layer max \(GlobalMaxPooling2D\)'),
     'flatten': (lambda: keras.Model(BASE.input, softmax()(
         layers.Flatten(name='flat')(BASE.output))), r'layer flat \(Flatten\)'),
-    'several labels': (lambda: flat(layers.Dense(3, 'sigmoid')), '3 independent decisions'),
+    'several labels': (lambda: flat(layers.Dense(3, 'sigmoid')),
+                       '3 sigmoid outputs are independent decisions'),
     'relu': (lambda: flat(layers.Dense(5, 'relu')), 'its activation is relu'),
     'softmax of one': (lambda: flat(softmax(1)), 'softmax of one output is always 1'),
     'two softmaxes': (lambda: flat(softmax(), layers.Activation('softmax', name='again')),
@@ -201,7 +202,7 @@ REFUSED = {
     'small': (lambda: of_size(70), 'its images are 70 x 70 pixels, .* needs 71 x 71 or more'),
     'rescaling': (lambda: behind(layers.Rescaling(3)), r'3 x pixel \+0'),
     'rescaling of channels': (lambda: behind(layers.Rescaling([0.1, 0.2, 0.3], name='rgb')),
-                              r'layer rgb \(Rescaling\): in front'),
+                              r'layer rgb \(Rescaling\): before'),
     'normalization': (lambda: behind(layers.Normalization(mean=1, variance=1, name='norm')),
                       r'layer norm \(Normalization\)'),
     'oblong': (lambda: behind(base=keras.applications.Xception(

@@ -279,8 +279,8 @@ class TogetherTest(ClusterTestCase):
     self.wait_for_step('killed', 6, processes)
     processes[1].kill()
     lines, seconds = self.finish('killed', processes, [1, -signal.SIGKILL])
-    self.assertRegex(lines[0], r'Worker 0 of 2, .* lost the others \(\w+: .*\)\. No answer from '
-                     r'worker 1 \(.*\). Restart all workers with the same commands')
+    self.assertRegex(lines[0], r'Worker 0 of 2, .* lost the other workers \(\w+: .*\)\. No answer '
+                     r'from worker 1 \(.*\). Restart all workers with the same commands')
     self.assertLess(seconds[0], STEP_TIMEOUT_SECS)
     self.assertNoTraceback('killed', 1)
 
@@ -388,7 +388,7 @@ class FailureTest(ClusterTestCase):
   def test_kill_9_of_the_chief(self):
     processes = self.hurt('chief', 0, signal.SIGKILL)
     lines, seconds = self.finish('chief', processes, [-signal.SIGKILL, 1])
-    self.assertRegex(lines[1], 'lost the others .* No answer from worker 0')
+    self.assertRegex(lines[1], 'lost the other workers .* No answer from worker 0')
     self.assertLess(seconds[1], STEP_TIMEOUT_SECS)
 
   def test_frozen_workers(self):

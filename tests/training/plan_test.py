@@ -39,13 +39,14 @@ class ShowTest(tf.test.TestCase):
   def test_files_whose_records_are_lost(self):
     damages = ['a.tfrecord is not a TFRecord file, or it is compressed',
                'b.tfrecord ends inside record 2, which is lost']
-    found = mock.Mock(steps_per_epoch=1.0, devices=['/cpu:0'])
+    found = mock.Mock(steps_per_epoch=1.0, devices=['/cpu:0'], log_dir='my log')
     found.dataset.records.damages = damages
     args = mock.Mock(batch_size=8, accumulate_steps=1)
-    with contextlib.redirect_stdout(io.StringIO()), \
+    with contextlib.redirect_stdout(io.StringIO()) as output, \
          contextlib.redirect_stderr(io.StringIO()) as errors:
       plan.show(found, args, optimization.RECIPES['flowers'], cluster.SingleWorker())
     self.assertEqual(errors.getvalue(), ''.join(f'Warning: {damage}\n' for damage in damages))
+    self.assertIn("; watch it with: tensorboard --logdir='my log'\n", output.getvalue())
 
 
 if __name__ == '__main__':

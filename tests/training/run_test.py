@@ -6,6 +6,7 @@ import glob
 import io
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from unittest import mock
@@ -14,6 +15,9 @@ import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
 from common import checkpoints
+import eval_flowers
+from evaluation import report
+from records import flowers
 from scripts import DATASET_DIR
 import train_flowers
 from training import evaluation_hook
@@ -65,6 +69,51 @@ class RunTestCase(tf.test.TestCase):
   def steps(self, log_dir=None):
     return [checkpoints.global_step(path)
             for path in checkpoints.list_checkpoints(log_dir or self.log_dir)]
+
+
+class NextCommandTest(RunTestCase):
+
+  def next_command(self, output):
+    """Returns the arguments of the command that training printed last."""
+    line = output.splitlines()[-1]
+    self.assertStartsWith(line, 'Next: python eval_flowers.py --')
+    return shlex.split(line.removeprefix('Next: python eval_flowers.py '))
+
+  def test_the_shipped_flowers(self):
+    output = self.train('--max_number_of_steps', '1')
+    self.assertEqual(self.next_command(output),
+                     ['--dataset_dir', DATASET_DIR, '--log_dir', self.log_dir])
+
+  def test_records_of_other_tools(self):
+    dataset_dir, log_dir = (os.path.join(self.dir, name) for name in ("Ann's data", '$HOME log'))
+    os.mkdir(dataset_dir)
+    shutil.copy(os.path.join(DATASET_DIR, 'labels.txt'), dataset_dir)
+    records = flowers.get_split('train', DATASET_DIR).records
+    options = {'--dataset_dir': dataset_dir, '--file_pattern': 'my %s-*', '--image_key': 'jpeg',
+               '--label_key': 'my label', '--labels_offset': '1'}
+    for split_name, num_images in (('train', 40), ('test', 9)):
+      path = os.path.join(dataset_dir, f'my {split_name}-00000-of-00001')
+      with tf.python_io.TFRecordWriter(path) as writer:
+        for i in range(num_images):
+          feature = tf.train.Example.FromString(records[i]).features.feature
+          example = tf.train.Example()
+          example.features.feature['jpeg'].CopyFrom(feature['image/encoded'])
+          label = feature['image/class/label'].int64_list.value[0]
+          example.features.feature['my label'].int64_list.value.append(label + 1)
+          writer.write(example.SerializeToString())
+
+    words = [word for option in options.items() for word in option]
+    output = self.train(*words, '--max_number_of_steps', '1', log_dir=log_dir)
+    command = self.next_command(output)
+    self.assertEqual(command, [*words, '--log_dir', log_dir, '--dataset_split_name', 'test'])
+    with mock.patch.object(report, '_draw_pictures', return_value={}), \
+         contextlib.redirect_stdout(io.StringIO()) as evaluated:
+      eval_flowers.main(eval_flowers.parse_args([*command, '--eval_on_cpu']))
+    self.assertRegex(evaluated.getvalue().splitlines()[-1], r'^Accuracy: .* \(\d of 9\)$')
+
+    os.remove(os.path.join(dataset_dir, 'my test-00000-of-00001'))
+    output = self.train(*words, '--max_number_of_steps', '2', log_dir=log_dir)
+    self.assertEqual(self.next_command(output)[-2:], ['--dataset_split_name', 'train'])
 
 
 class ResumeTest(RunTestCase):
