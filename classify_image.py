@@ -260,9 +260,10 @@ def parse_args(argv=None):
   group.add_argument('--explain', metavar='FOLDER',
                      help='writes a PNG file for each image into this folder, which shows the '
                      f'parts that speak for its {MAX_EXPLAINED} most probable classes (Grad-CAM)')
-  group.add_argument('--explain_layer', metavar='LAYER', default=grad_cam.DEFAULT_LAYER,
+  group.add_argument('--explain_layer', metavar='LAYER',
                      help='layer whose output --explain weighs, such as block4_dws_conv1; earlier '
-                     'layers are finer but tell less about the class')
+                     'layers are finer but tell less about the class '
+                     f'(default: {grad_cam.DEFAULT_LAYER})')
   group.add_argument('--overwrite', action='store_true',
                      help='replaces existing files in the folder of --explain')
   group = parser.add_mutually_exclusive_group()
@@ -276,6 +277,8 @@ def parse_args(argv=None):
   if args.graph and (args.explain is not None or args.use_averages != 'auto'):
     parser.error('--graph has frozen weights and computes no gradients: leave out --use_averages '
                  'and --explain, or give the --log_dir that it was frozen from')
+  if args.explain is None and (args.explain_layer or args.overwrite):
+    parser.error('--explain_layer and --overwrite need --explain')
   if args.log_dir and args.precision != 'float32':
     parser.error(f'--precision {args.precision} is for frozen models: give --graph')
   return args
@@ -288,7 +291,8 @@ def main(args):
   if args.explain is not None:
     paths = explainer.plan_pictures(files, args.explain, args.overwrite)
   model = models.load(args.graph, args.precision) if args.graph else explainer.Explainer(
-      checkpoints.find(args.log_dir), args.use_averages, args.explain_layer)
+      checkpoints.find(args.log_dir), args.use_averages,
+      args.explain_layer or grad_cam.DEFAULT_LAYER)
   codecs.register_error('classify_image', encode_unencodable)
   sys.stdout.reconfigure(errors='classify_image')
   if args.print_result is print_csv:

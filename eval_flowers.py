@@ -170,9 +170,10 @@ def parse_args(argv=None):
   group.add_argument('--explain', action='store_true',
                      help='shows beside each image of mistakes.png and predictions.png which parts '
                      'of it speak for the predicted class (Grad-CAM)')
-  group.add_argument('--explain_layer', metavar='LAYER', default=grad_cam.DEFAULT_LAYER,
+  group.add_argument('--explain_layer', metavar='LAYER',
                      help='layer whose output --explain weighs, such as block4_dws_conv1; earlier '
-                     'layers are finer but tell less about the class')
+                     'layers are finer but tell less about the class '
+                     f'(default: {grad_cam.DEFAULT_LAYER})')
   group = parser.add_argument_group('devices')
   group.add_argument('--batch_size', type=arguments.positive_int, default=32,
                      help='images per device and step; does not change the result')
@@ -182,6 +183,12 @@ def parse_args(argv=None):
   group.add_argument('--eval_on_cpu', '--clone_on_cpu', action='store_true',
                      help='leaves the GPUs to training')
   args = parser.parse_args(argv)
+  refuse_combinations(parser, args)
+  return args
+
+
+def refuse_combinations(parser, args):
+  """Ends the script if options exclude each other, or need one that is missing."""
   if args.graph and (args.num_clones or args.eval_on_cpu or args.image_size
                      or args.use_averages != 'auto'):
     parser.error('--graph has frozen weights and a fixed image size, and its runtime chooses the '
@@ -194,7 +201,8 @@ def parse_args(argv=None):
   if args.graph and args.explain:
     parser.error('--explain needs gradients, which a frozen model does not compute: instead of '
                  '--graph, give the --log_dir or --checkpoint_path that it was frozen from')
-  return args
+  if args.explain_layer and not args.explain:
+    parser.error('--explain_layer needs --explain')
 
 
 def main(args):
@@ -210,7 +218,7 @@ def main(args):
   split = report.SplitEvaluation(
       dataset, log_eval, args.batch_size,
       {'dataset_split_name': args.dataset_split_name, **dataset_options})
-  explain_layer = args.explain_layer if args.explain else None
+  explain_layer = (args.explain_layer or grad_cam.DEFAULT_LAYER) if args.explain else None
   images = f'{dataset.num_samples} images of the {args.dataset_split_name} split'
   if args.watch:
     watch(split.of_checkpoints(devices, args.use_averages, args.image_size, explain_layer),

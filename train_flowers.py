@@ -152,17 +152,15 @@ def build_chief_hooks(plan, args, train_step, scaffold, writer):
 
 
 def evaluation_command(args):
-  """Returns the shell command that evaluates the checkpoint of a run.
-
-  It evaluates the validation split, or else the test split or the training split, whichever
-  of them the dataset has.
-  """
+  """Returns the shell command that evaluates a run, on the training split if it is the only one."""
   dataset_options = arguments.dataset_options(args)
   options = {**dataset_options, 'log_dir': args.log_dir}
-  for split_name in ('validation', 'test', 'train'):
+  for split_name in ('validation', 'test'):
     with contextlib.suppress(flowers.DatasetError, OSError):
       flowers.get_split(split_name, **dataset_options)
       break
+  else:
+    split_name = 'train'
   if split_name != 'validation':
     options['dataset_split_name'] = split_name
   return shlex.join(['python', 'eval_flowers.py', *(

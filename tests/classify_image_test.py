@@ -216,6 +216,8 @@ class ClassifyImageTest(tf.test.TestCase):
     for options in ([], ['--graph', 'a.pb', '--log_dir', 'log'],
                     ['--graph', 'a.pb', '--explain', 'out'],
                     ['--graph', 'a.pb', '--use_averages', 'no'],
+                    ['--log_dir', 'log', '--explain_layer', 'block4_dws_conv1'],
+                    ['--log_dir', 'log', '--overwrite'],
                     ['--log_dir', 'log', '--precision', 'bfloat16']):
       with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
         classify_image.parse_args(['a.jpg', *options])

@@ -429,6 +429,12 @@ class GraphTest(EvalTestCase):
       with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
         eval_flowers.parse_args(['--graph', 'model.pb', *option])
 
+  def test_a_layer_without_explain(self):
+    error = io.StringIO()
+    with self.assertRaises(SystemExit), contextlib.redirect_stderr(error):
+      eval_flowers.parse_args(['--explain_layer', 'block4_dws_conv1'])
+    self.assertIn('--explain_layer needs --explain', error.getvalue())
+
 
 class WatchTest(EvalTestCase):
 

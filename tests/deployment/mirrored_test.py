@@ -107,7 +107,7 @@ class MirroredTest(tf.test.TestCase):
            and 'ExponentialMovingAverage' not in name], copies)
       self.assertIdentical(copies, {name: values[name] for name in copies})
 
-  def check_either_way_ends_with_the_same_bits(self, num_towers, make_optimizer, **options):
+  def assertSameBitsEitherWay(self, num_towers, make_optimizer, **options):
     expected, none = Training(num_towers, make_optimizer, 'parameter_server', **options).train()
     self.assertEmpty(none)
     values, mirrors = Training(num_towers, make_optimizer, 'mirrored', **options).train()
@@ -117,18 +117,18 @@ class MirroredTest(tf.test.TestCase):
   def test_either_way_ends_with_the_same_bits(self):
     for num_towers in (2, 4):
       for make_optimizer in (momentum, adam):
-        self.check_either_way_ends_with_the_same_bits(
+        self.assertSameBitsEitherWay(
             num_towers, make_optimizer, loss_fn=small_loss)
 
   @slow
   def test_either_way_ends_with_the_same_bits_of_xception(self):
     for num_towers in (2, 4):
       for make_optimizer in (momentum, adam):
-        self.check_either_way_ends_with_the_same_bits(num_towers, make_optimizer)
+        self.assertSameBitsEitherWay(num_towers, make_optimizer)
 
   @slow
   def test_every_option_of_the_update(self):
-    self.check_either_way_ends_with_the_same_bits(
+    self.assertSameBitsEitherWay(
         2, lambda: precision.scale_loss(adam()), accumulate_steps=2, clip_gradient_norm=0.5,
         moving_average_decay=0.9, prefetch=True)
 
