@@ -64,7 +64,7 @@ def _add_data_options(group):
   group.add_argument('--num_preprocessing_threads', type=arguments.num_threads,
                      default=tf.data.AUTOTUNE,
                      help='number of images preprocessed in parallel; '
-                     f'{tf.data.AUTOTUNE} tunes it')
+                     f'{tf.data.AUTOTUNE} lets TensorFlow choose')
   _add_recipe_options(group, 'min_crop_area')
 
 

@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 import tensorflow.compat.v1 as tf
+from tensorflow.core.framework import dataset_options_pb2
 import tf_slim as slim
 
 from common import arguments
@@ -286,6 +287,17 @@ class FlowersTest(tf.test.TestCase):
     self.assertEqual((labels.shape, labels.dtype), ((4,), np.int64))
     self.assertBetween(images.min(), -1, 1)
     self.assertBetween(images.max(), -1, 1)
+
+  def test_no_tuning_thread_delays_the_end(self):
+    self.write_images(range(6))
+    for is_training in (True, False):
+      with tf.Graph().as_default() as graph:
+        flowers.load_batch(flowers.get_split('train', self.dir), 2, 71, 71, is_training)
+      options, = [dataset_options_pb2.Options.FromString(node.attr['serialized_options'].s)
+                  for function in graph.as_graph_def().library.function
+                  for node in function.node_def if node.op == 'OptionsDataset']
+      self.assertTrue(options.autotune_options.HasField('enabled'))
+      self.assertFalse(options.autotune_options.enabled)
 
   def test_evaluation_sees_every_image_once_in_order(self):
     self.write_images(range(5), 'validation', 0, 2)
