@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import unittest
 
 import numpy as np
 import tensorflow.compat.v1 as tf
@@ -150,6 +151,18 @@ class ClientsTest(tf.test.TestCase):
     self.run_command(sys.executable + command.removeprefix('python'))
     images = np.load(os.path.join(self.dir, 'images.npy'))
     self.assertAllClose(models.load(os.path.join(self.dir, 'converted.onnx')).predict(images),
+                        self.expected, rtol=0, atol=1e-4)
+
+  @unittest.skipUnless(shutil.which('g++'), 'g++ is not installed')
+  def test_cpp(self):
+    with open(os.path.join(self.dir, 'classify.cc'), 'w', encoding='utf-8') as f:
+      f.write(program('C++', 'cpp'))
+    np.load(os.path.join(self.dir, 'images.npy')).tofile(os.path.join(self.dir, 'images.bin'))
+    command = program('C++', 'sh').replace('$(python ', f'$({sys.executable} ')
+    self.assertIn(' 128\n', command)
+    output = self.run_command(command.replace(' 128\n', f' {small_model.IMAGE_SIZE}\n'))
+    lines = output.splitlines()[-len(self.expected):]  # TensorFlow logs before them
+    self.assertAllClose([[float(value) for value in line.split()] for line in lines],
                         self.expected, rtol=0, atol=1e-4)
 
   def require_onnx(self):
