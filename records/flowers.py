@@ -383,15 +383,20 @@ def load_numbered_batch(dataset, batch_size, height, width, is_training, seed=0,
     if is_training:
       images = images.scan(tf.constant(0, tf.int64), _count_epoch).filter(
           lambda image, label, position: tf.not_equal(position, END_OF_EPOCH))
-    # Closing a session waits for the thread that tunes its pipeline. That thread can miss the
-    # signal and sleep on, for up to a minute. Reading is no slower without it.
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    batches = (images
-               .batch(share, drop_remainder=is_training)
-               .prefetch(tf.data.AUTOTUNE)
-               .with_options(options))
-    return tf.data.make_one_shot_iterator(batches).get_next()
+    return _next_batch(images, share, drop_remainder=is_training)
+
+
+def _next_batch(images, batch_size, drop_remainder):
+  """Returns the tensors of the next batch of a tf.data.Dataset."""
+  # Closing a session waits for the thread that tunes its pipeline. That thread can miss the
+  # signal and sleep on, for about a minute. Reading is no slower without it.
+  options = tf.data.Options()
+  options.autotune.enabled = False
+  batches = (images
+             .batch(batch_size, drop_remainder)
+             .prefetch(tf.data.AUTOTUNE)
+             .with_options(options))
+  return tf.data.make_one_shot_iterator(batches).get_next()
 
 
 def _endless_indices(num_images):

@@ -19,17 +19,12 @@ from PIL import Image
 import tensorflow.compat.v1 as tf
 
 from common import checkpoints
-from deployment import towers
 from export import models
 from records import flowers
 from scripts import DATASET_DIR
 from scripts import run
 from scripts import slow
 from scripts import start
-import small_model
-import train_flowers
-from training import options as training_options
-from training import plan
 
 # A small network whose few steps are the same in every run.
 TRAIN = ['train_flowers.py', '--dataset_dir', DATASET_DIR, '--image_size', '71',
@@ -380,15 +375,15 @@ class RecipeTest(ScriptTestCase):
                      f'({best["num_correct"]} of 100)')
 
   def test_fine_tuning_a_head(self):
-    os.mkdir(self.log_dir)
-    checkpoint = small_model.write_checkpoint(self.log_dir)
+    returncode, output = run(*TRAIN, '--log_dir', self.log_dir, '--max_number_of_steps', '2')
+    self.assertEqual(returncode, 0, output)
     tuned_dir = os.path.join(self.dir, 'tuned')
-    command = [*TRAIN, '--log_dir', tuned_dir, '--checkpoint_path', self.log_dir,
+    options = [*TRAIN, '--log_dir', tuned_dir, '--checkpoint_path', self.log_dir,
                '--checkpoint_exclude_scopes', 'Xception/Logits',
                '--trainable_scopes', 'Xception/Logits', '--max_number_of_steps']
-    returncode, output = run(*command, '2')
+    returncode, output = run(*options, '2')
     self.assertEqual(returncode, 0, output)
-    self.assertIn(f'Starting from 234 of 236 variables of {checkpoint}', output)
+    self.assertIn(f'Starting from 234 of 236 variables of {self.log_dir}/model.ckpt-2', output)
     self.assertRegex(output, r'(?m)^1,285 trainable parameters$')  # 256 x 5 + 5
     old, new = (tf.train.load_checkpoint(checkpoints.find(folder))
                 for folder in (self.log_dir, tuned_dir))
@@ -396,7 +391,7 @@ class RecipeTest(ScriptTestCase):
       if name.startswith('Xception/') and not name.startswith('Xception/Logits'):
         self.assertAllEqual(old.get_tensor(name), new.get_tensor(name), name)
 
-    returncode, output = run(*command, '3')
+    returncode, output = run(*options, '3')
     self.assertEqual(returncode, 0, output)
     self.assertIn(f'--checkpoint_path {self.log_dir} is NOT used: training resumes from step 2 '
                   f'in {tuned_dir}', output)
@@ -493,23 +488,24 @@ class MistakeTest(ScriptTestCase):
                                'Cannot read dataset/labels.txt .*: a dataset needs this file')
     self.assertEmpty(os.listdir(self.dir))
 
-  def test_options_that_the_machine_or_the_batch_forbids(self):
-    for flags, message in [
-        (['--num_clones', '3'],
-         '--batch_size 8 is the sum over all towers: it must be divisible by '
-         'workers x towers x --accumulate_steps, 1 x 3 x 1'),
-        (['--precision', 'float16'], '--precision float16 needs a GPU: '),
-        (['--xla'], '--xla needs a GPU: on a CPU it makes training six times slower')]:
-      args = training_options.parse_train_args('', [*TRAIN[1:], '--log_dir', self.log_dir, *flags])
-      with self.assertRaisesRegex((plan.PlanError, towers.DeviceError), re.escape(message)):
-        train_flowers.main(args)
-    self.assertEmpty(os.listdir(self.dir))
+  def test_batch_that_does_not_divide(self):
+    self.assertEndsWithMessage(
+        run(*TRAIN, '--log_dir', self.log_dir, '--num_clones', '3'),
+        '--batch_size 8 is the sum over all towers: it must be divisible by '
+        'workers x towers x --accumulate_steps, 1 x 3 x 1')
 
   def test_more_gpus_than_there_are(self):
     self.assertEndsWithMessage(
         run('train_flowers.py', '--dataset_dir', DATASET_DIR, '--num_clones', '99',
             '--batch_size', '99', cwd=self.dir),
         r'--num_clones 99 needs 99 GPUs, but TensorFlow finds \d+ \(.*\)')
+
+  def test_what_a_cpu_cannot_do(self):
+    for options, message in [
+        (['--precision', 'float16'], '--precision float16 needs a GPU: '),
+        (['--xla'], '--xla needs a GPU: on a CPU it makes training six times slower')]:
+      self.assertEndsWithMessage(run(*TRAIN, '--log_dir', self.log_dir, *options), message)
+    self.assertEmpty(os.listdir(self.dir))
 
 
 if __name__ == '__main__':
