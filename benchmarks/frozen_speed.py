@@ -1,11 +1,11 @@
 """Measures the images per second of frozen models in their runtimes, in one run on the CPU.
 
-  python -m benchmarks.frozen_speed --rounds 15
+  python -m benchmarks.frozen_speed --rounds 9
 
 Random weights, 299 pixels at full width and 128 pixels at half width, batches of
 1 and 8. The models take turns, so that a slow minute of the machine affects all
-of them, and their medians are compared. What is not installed is left out; at
-299 pixels Keras and timm are measured too.
+of them, and their medians are compared. Keras' and timm's networks are scaled to
+the same width. What is not installed is left out.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def random_images(count, image_size):
 
 
 def openvino_predictor(path):
-  """Returns a function that runs a .pb in OpenVINO, in float32."""
+  """Returns a function that runs a model in OpenVINO; what is float32 in it stays float32."""
   openvino = importlib.import_module('openvino')
   compiled = openvino.compile_model(openvino.convert_model(path), 'CPU',
                                     {'INFERENCE_PRECISION_HINT': 'f32'})
@@ -84,11 +84,12 @@ def measure(predict, images):
   return len(images) / (time.perf_counter() - start)
 
 
-def measure_peer(program, options, batch_size, image_size):
+def measure_peer(program, options, batch_size, image_size, depth_multiplier):
   """Returns images per second of a peer's program, of which each call takes 5 steps."""
   return float(peers.run_program([
       program, '--mode', 'inference', '--precision', 'float32', '--batch_size', str(batch_size),
-      '--image_size', str(image_size), '--steps', '5', *options]))
+      '--image_size', str(image_size), '--depth_multiplier', str(depth_multiplier),
+      '--steps', '5', *options]))
 
 
 def compare(image_size, depth_multiplier, num_rounds):
@@ -97,15 +98,16 @@ def compare(image_size, depth_multiplier, num_rounds):
     paths = write_models(image_size, depth_multiplier, folder)
     predictors = {name: models.load(path, use_gpu=False).predict for name, path in paths.items()}
     if is_installed('openvino'):
-      predictors['pb in OpenVINO'] = openvino_predictor(paths['pb'])
+      predictors.update({f'{name} in OpenVINO': openvino_predictor(paths[name])
+                         for name in ('pb', 'onnx_int8') if name in paths})
     for batch_size in BATCH_SIZES:
       images = random_images(batch_size, image_size)
       functions = {name: functools.partial(measure, predict, images)
                    for name, predict in predictors.items()}
-      if depth_multiplier == 1.0:
-        functions.update({
-            name: functools.partial(measure_peer, program, options, batch_size, image_size)
-            for name, program, options, packages in PEERS if is_installed(*packages)})
+      functions.update({
+          name: functools.partial(measure_peer, program, options, batch_size, image_size,
+                                  depth_multiplier)
+          for name, program, options, packages in PEERS if is_installed(*packages)})
       medians = rounds.take_turns(functions, num_rounds)
       print(f'{image_size} pixels, width {depth_multiplier}, batch {batch_size}')
       for name, median in medians.items():
@@ -114,7 +116,7 @@ def compare(image_size, depth_multiplier, num_rounds):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--rounds', type=int, default=15)
+  parser.add_argument('--rounds', type=int, default=9)
   args = parser.parse_args()
   for image_size, depth_multiplier in CONFIGURATIONS:
     compare(image_size, depth_multiplier, args.rounds)

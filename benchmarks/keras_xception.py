@@ -17,13 +17,19 @@ parser.add_argument('--mode', choices=['train', 'inference'], required=True)
 parser.add_argument('--precision', choices=['float32'], required=True)
 parser.add_argument('--batch_size', type=int, required=True)
 parser.add_argument('--image_size', type=int, required=True)
+parser.add_argument('--depth_multiplier', type=float, default=1.0, help='scales all widths')
 parser.add_argument('--steps', type=int, required=True)
 args = parser.parse_args()
 
 shape = args.image_size, args.image_size, 3
 images = np.random.default_rng(0).normal(size=(args.batch_size, *shape)).astype(np.float32)
 labels = np.arange(args.batch_size) % 5
-model = keras.applications.Xception(weights=None, classes=5, input_shape=shape)
+config = keras.applications.Xception(weights=None, classes=5, input_shape=shape).get_config()
+for layer in config['layers']:
+  layer.pop('build_config', None)  # holds the full width
+  if 'filters' in layer['config']:
+    layer['config']['filters'] = round(layer['config']['filters'] * args.depth_multiplier)
+model = keras.Model.from_config(config)
 model.compile(keras.optimizers.Adam(), 'sparse_categorical_crossentropy')
 
 seconds = []

@@ -51,7 +51,7 @@ class ClientsTest(tf.test.TestCase):
     with contextlib.redirect_stdout(io.StringIO()):
       write_pb.main(write_pb.parse_args([
           '--log_dir', cls.dir, '--output_file', os.path.join(cls.dir, 'frozen_model_xception.pb'),
-          '--formats', 'pb,saved_model,tflite,tflite_full_int8' + ',onnx' * HAS_ONNX,
+          '--formats', 'pb,saved_model,tflite,tflite_full_int8' + ',onnx,onnx_int8' * HAS_ONNX,
           '--dataset_dir', DATASET_DIR, '--calibration_images', '50',
           '--max_accuracy_loss', '0.1']))
     images, _ = small_model.validation_images()
@@ -60,7 +60,7 @@ class ClientsTest(tf.test.TestCase):
     _, predict, _ = freeze.freeze(checkpoint, checkpoints.load_config(checkpoint))
     cls.expected = predict(images)
 
-  def check(self, title, package='tensorflow', model=None, expected=None):
+  def check(self, title, package='tensorflow', model=None, expected=None, atol=1e-4):
     """Runs a program of docs/export.md; returns what it printed.
 
     Args:
@@ -68,6 +68,7 @@ class ClientsTest(tf.test.TestCase):
       package: what it needs, else the test is skipped.
       model: file to use in place of frozen_model_xception.pb.
       expected: probabilities, by default the checkpoint's.
+      atol: largest allowed difference of a probability.
     """
     if not importlib.util.find_spec(package):
       self.skipTest(f'{package} is not installed')
@@ -81,7 +82,7 @@ class ClientsTest(tf.test.TestCase):
             "np.save('probabilities.npy', np.asarray(probabilities))\n")
     output = self.run_command([sys.executable, '-c', code])
     self.assertAllClose(np.load(os.path.join(self.dir, 'probabilities.npy')),
-                        self.expected if expected is None else expected, rtol=0, atol=1e-4)
+                        self.expected if expected is None else expected, rtol=0, atol=atol)
     return output
 
   def run_command(self, command):
@@ -128,6 +129,13 @@ class ClientsTest(tf.test.TestCase):
     for model in ['frozen_model_xception.pb', 'frozen_model_xception.tflite',
                   'frozen_model_xception_saved_model'] + ['frozen_model_xception.onnx'] * HAS_ONNX:
       self.check('OpenVINO', 'openvino', model)
+
+  def test_openvino_8_bits(self):
+    self.require_onnx()
+    path = os.path.join(self.dir, 'frozen_model_xception_int8.onnx')
+    images = np.load(os.path.join(self.dir, 'images.npy'))
+    # OpenVINO computes some of the sums and the softmax in float32.
+    self.check('OpenVINO', 'openvino', path, models.load(path).predict(images), atol=5e-2)
 
   def test_onnx_runtime(self):
     self.require_onnx()
