@@ -3,11 +3,13 @@
   python xception_test.py
 """
 
+import slim_bridge  # noqa: F401, before TensorFlow: see there
+
 import numpy as np
 import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
-import xception  # first: it makes tf_slim importable
+import xception
 
 # Output of every layer for a 299 x 299 image.
 END_POINT_SHAPES = {

@@ -57,10 +57,13 @@ def write_jpegs(folder):
         f.write(encoded.getvalue())
 
 
-def time_batches(fetches, num_batches, batch_size, devices=('/cpu:0',)):
-  """Runs fetches in a session; returns the images per second after a warm-up."""
-  # Fetching operations instead of tensors avoids copying the images.
-  operations = [tensor.op for tensor in fetches]
+def operations_of(tensors):
+  """Returns what computes the tensors; running it does not copy them out of the session."""
+  return [tensor.op for tensor in tensors]
+
+
+def time_batches(operations, num_batches, batch_size, devices=('/cpu:0',)):
+  """Runs operations in a session; returns the images per second after a warm-up."""
   with tf.Session(config=towers.session_config(devices)) as session:
     towers.initialize(session)
     coordinator = tf.train.Coordinator()
@@ -80,9 +83,9 @@ def time_batches(fetches, num_batches, batch_size, devices=('/cpu:0',)):
 def time_load_batch(folder):
   """Returns the images per second of `flowers.load_batch`."""
   with tf.Graph().as_default():
-    return time_batches(flowers.load_batch(
-        flowers.get_split('train', folder), BATCH_SIZE, IMAGE_SIZE, IMAGE_SIZE,
-        is_training=True), NUM_BATCHES, BATCH_SIZE)
+    batch = flowers.load_batch(flowers.get_split('train', folder), BATCH_SIZE, IMAGE_SIZE,
+                               IMAGE_SIZE, is_training=True)
+    return time_batches(operations_of(batch), NUM_BATCHES, BATCH_SIZE)
 
 
 def time_slim_provider(folder):
@@ -95,7 +98,7 @@ def time_slim_provider(folder):
     image = xception_preprocessing.preprocess_for_train(
         image, IMAGE_SIZE, IMAGE_SIZE, add_image_summaries=False)
     batch = tf.train.batch([image, label], BATCH_SIZE, num_threads=4, capacity=5 * BATCH_SIZE)
-    return time_batches(batch, NUM_BATCHES, BATCH_SIZE)
+    return time_batches(operations_of(batch), NUM_BATCHES, BATCH_SIZE)
 
 
 def time_keras(folder):
@@ -111,8 +114,7 @@ def time_training(real_images):
   with tf.Graph().as_default():
     step = network.build_training_step(TRAIN_BATCH_SIZE, TRAIN_IMAGE_SIZE, TRAIN_DEPTH_MULTIPLIER,
                                        devices, 'float32', real_images)
-    return time_batches([step.train_op, step.global_step], NUM_TRAIN_STEPS, TRAIN_BATCH_SIZE,
-                        devices)
+    return time_batches([step.train_op], NUM_TRAIN_STEPS, TRAIN_BATCH_SIZE, devices)
 
 
 def measure(batch_size, image_size, num_steps):
@@ -122,7 +124,7 @@ def measure(batch_size, image_size, num_steps):
     start = time.perf_counter()
     batch = flowers.load_batch(flowers.get_split('train', folder), batch_size, image_size,
                                image_size, is_training=True)
-    operations = [tensor.op for tensor in batch]
+    operations = operations_of(batch)
     graph_seconds = time.perf_counter() - start
     start = time.perf_counter()
     with tf.Session(config=towers.session_config(['/cpu:0'])) as session:

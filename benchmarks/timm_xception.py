@@ -24,7 +24,6 @@ parser.add_argument('--freeze', action='store_true',
 args = parser.parse_args()
 
 
-
 def scale(width):
   return round(width * args.depth_multiplier)
 

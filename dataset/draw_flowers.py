@@ -14,6 +14,8 @@ import io
 import os
 import sys
 
+import slim_bridge  # noqa: F401, before TensorFlow: see there
+
 import numpy as np
 from PIL import Image
 from PIL import ImageFilter

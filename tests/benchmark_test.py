@@ -11,6 +11,7 @@ import unittest
 from unittest import mock
 
 from benchmarks import gpu_report
+from benchmarks import input_pipeline
 from benchmarks import network
 from benchmarks import peers
 from benchmarks import rounds
@@ -68,6 +69,23 @@ class BenchmarkTest(unittest.TestCase):
 
   def test_input_as_a_command(self):
     self.figures_of('--mode', 'input', depth_multiplier=None)
+
+  def small_pipeline(self):
+    return mock.patch.multiple(
+        input_pipeline, IMAGE_SIZE=71, BATCH_SIZE=4, NUM_BATCHES=2, WARM_UP_BATCHES=1,
+        TRAIN_IMAGE_SIZE=71, TRAIN_DEPTH_MULTIPLIER=0.125, TRAIN_BATCH_SIZE=2, NUM_TRAIN_STEPS=2)
+
+  def test_training_on_one_batch(self):
+    with self.small_pipeline():
+      self.assertGreater(input_pipeline.time_training(real_images=False), 0)
+
+  @slow
+  def test_input_and_its_peers(self):
+    with self.small_pipeline():
+      figures = input_pipeline.compare(num_rounds=1)
+    for peer in ('slim', 'keras'):
+      self.assertAlmostEqual(figures[f'ratio_to_{peer}'] * figures[f'{peer}_images_per_second'],
+                             figures['images_per_second'])
 
   def figures_of(self, *options, depth_multiplier='0.25'):
     """Runs benchmark.py on a small network; returns what it prints."""
