@@ -218,19 +218,26 @@ def inference_saver(checkpoint, use_averages='auto'):
   return saver, are_averages
 
 
-def restore(session, checkpoint, use_averages='auto'):
+def restore(session, checkpoint, use_averages='auto', savers=None):
   """Restores the network in a session's graph; returns whether its weights are averages.
 
   Args:
     session: tf.Session.
     checkpoint, use_averages: see `stored_names`.
+    savers: dict, empty at first, for restoring several checkpoints in one session:
+      without it, the graph grows with every call.
 
   Raises:
     CheckpointError: the checkpoint is of another network, is damaged or has no averages.
   """
+  savers = {} if savers is None else savers
   try:
-    with session.graph.as_default():
-      saver, are_averages = inference_saver(checkpoint, use_averages)
+    # Checkpoints with the same variables share a saver.
+    key = use_averages, frozenset(name for name, _ in tf.train.list_variables(checkpoint))
+    if key not in savers:
+      with session.graph.as_default():
+        savers[key] = inference_saver(checkpoint, use_averages)
+    saver, are_averages = savers[key]
     saver.restore(session, checkpoint)
   except (tf.errors.OpError, ValueError) as error:
     raise CheckpointError(

@@ -19,7 +19,6 @@ import tf_slim as slim
 import tqdm
 
 from common import checkpoints
-from common import errors
 from deployment import cluster
 from deployment import towers
 from evaluation import grad_cam
@@ -165,7 +164,7 @@ class Evaluator:
 
     Args:
       checkpoint: path of the checkpoint.
-      use_averages: 'auto', 'yes' or 'no', see `checkpoints.inference_saver`.
+      use_averages: 'auto', 'yes' or 'no', see `checkpoints.restore`.
       image_indices, num_mistakes: see `run_pass`.
 
     Returns:
@@ -176,7 +175,7 @@ class Evaluator:
         averages and use_averages is 'yes'.
       flowers.DatasetError: the split has no good image.
     """
-    uses_averages = self._restore(checkpoint, use_averages)
+    uses_averages = checkpoints.restore(self._session, checkpoint, use_averages, self._savers)
     result = run_pass(self._reader, self._predict, len(self._towers), image_indices, num_mistakes,
                       self._show_progress)
     result = self._workers.merge_evaluation(
@@ -187,23 +186,6 @@ class Evaluator:
   def close(self):
     """Frees the memory of the weights."""
     self._session.close()
-
-  def _restore(self, checkpoint, use_averages):
-    """Restores the weights; returns whether they are averages."""
-    try:
-      # Checkpoints with the same variables share a saver; one for each checkpoint would make
-      # the graph grow.
-      key = use_averages, frozenset(
-          name for name, _ in tf.train.list_variables(checkpoint))
-      if key not in self._savers:
-        with self._graph.as_default():
-          self._savers[key] = checkpoints.inference_saver(checkpoint, use_averages)
-      saver, uses_averages = self._savers[key]
-      saver.restore(self._session, checkpoint)
-    except (tf.errors.OpError, ValueError) as error:
-      raise checkpoints.CheckpointError(
-          f'{checkpoint} cannot be restored: {errors.reason(error)}') from error
-    return uses_averages
 
   def _predict(self, batches):
     """Returns probabilities, losses and logits of no more batches than there are towers."""

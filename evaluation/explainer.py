@@ -30,7 +30,7 @@ class Explainer:
 
     Args:
       checkpoint: path of the checkpoint.
-      use_averages: 'auto', 'yes' or 'no', see `checkpoints.inference_saver`.
+      use_averages: 'auto', 'yes' or 'no', see `checkpoints.restore`.
       layer: see `grad_cam.build_maps`.
 
     Raises:

@@ -76,11 +76,6 @@ def delay_biases(graph_def, output_name):
   return _graph_of(nodes, output_name, graph_def)
 
 
-def num_norms(graph_def):
-  """Returns the number of batch norms in a graph."""
-  return sum(node.op in NORM_OPS for node in graph_def.node)
-
-
 def _without_identities(nodes, output_name):
   """Connects the consumers of each Identity directly to its source; the output stays as it is."""
   def source(tensor):

@@ -51,7 +51,7 @@ def freeze(checkpoint, config, use_averages='auto', use_temperature=False):
   Args:
     checkpoint: path of the checkpoint.
     config: its ModelConfig.
-    use_averages: 'auto', 'yes' or 'no', see `checkpoints.inference_saver`.
+    use_averages: 'auto', 'yes' or 'no', see `checkpoints.restore`.
     use_temperature: whether to divide the logits by the temperature that is stored
       beside the checkpoint.
 

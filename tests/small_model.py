@@ -18,6 +18,11 @@ CLASS_NAMES = ['daisy', 'dandelion', 'roses', 'sunflowers', 'tulips']
 CONFIG = checkpoints.ModelConfig(CLASS_NAMES, IMAGE_SIZE, depth_multiplier=0.125, seed=1)
 
 
+def num_norms(graph_def):
+  """Returns the number of batch norms in a graph."""
+  return sum(node.op.startswith('FusedBatchNorm') for node in graph_def.node)
+
+
 def validation_images():
   """float32 [100, IMAGE_SIZE, IMAGE_SIZE, 3] in [-1, 1], and their labels, int64 [100]."""
   with tf.Graph().as_default(), tf.Session() as session:

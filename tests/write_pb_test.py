@@ -18,7 +18,6 @@ import tensorflow.compat.v1 as tf
 from common import checkpoints
 from common import files
 from export import comparison
-from export import folding
 from export import formats
 from export import freeze
 from export import models
@@ -115,9 +114,9 @@ class WritePbTest(tf.test.TestCase):
 
   def test_folded_or_not(self):
     self.write('--noverify')
-    self.assertEqual(folding.num_norms(read_graph(self.pb)), 0)
+    self.assertEqual(small_model.num_norms(read_graph(self.pb)), 0)
     self.write('--nofold')
-    self.assertEqual(folding.num_norms(read_graph(self.pb)), 40)
+    self.assertEqual(small_model.num_norms(read_graph(self.pb)), 40)
     self.assertFalse(self.model_file()['folded'])
 
   def test_bfloat16(self):

@@ -53,8 +53,8 @@ class XceptionTest(FoldTestCase):
     self.assertAllClose(run(self.folded, self.images), self.expected, rtol=0, atol=1e-5)
 
   def test_nodes(self):
-    self.assertEqual(folding.num_norms(self.graph_def), 40)
-    self.assertEqual(folding.num_norms(self.folded), 0)
+    self.assertEqual(small_model.num_norms(self.graph_def), 40)
+    self.assertEqual(small_model.num_norms(self.folded), 0)
     self.assertEqual(ops(self.folded).count('Identity'), 1)  # the output
     self.assertEqual(ops(self.folded).count('Conv2D'), 41)
     self.assertEqual(ops(self.folded).count('BiasAdd'), 41)
@@ -64,7 +64,7 @@ class XceptionTest(FoldTestCase):
   def test_kernels_and_outputs_equal_those_of_tensorflows_own_tool(self):
     oracle = optimize_for_inference_lib.optimize_for_inference(
         self.graph_def, ['input'], ['output'], tf.float32.as_datatype_enum)
-    self.assertEqual(folding.num_norms(oracle), 0)
+    self.assertEqual(small_model.num_norms(oracle), 0)
     self.assertAllClose(run(self.folded, self.images), run(oracle, self.images), rtol=0, atol=1e-5)
     kernels, expected = self.kernels(self.folded), self.kernels(oracle)
     self.assertLen(expected, 41)
@@ -117,7 +117,7 @@ class LayerTest(FoldTestCase):
     graph_def = self.freeze(build, **kwargs)
     images = np.random.default_rng(2).normal(size=[4, 9, 9, 3]).astype(np.float32)
     folded = folding.fold(graph_def, 'output')
-    self.assertEqual(folding.num_norms(folded), num_norms)
+    self.assertEqual(small_model.num_norms(folded), num_norms)
     self.assertAllClose(run(folded, images), run(graph_def, images), rtol=1e-5, atol=1e-4)
     self.assertSorted(folded)
 
