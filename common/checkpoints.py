@@ -233,7 +233,7 @@ def restore(session, checkpoint, use_averages='auto', savers=None):
   savers = {} if savers is None else savers
   try:
     # Checkpoints with the same variables share a saver.
-    key = use_averages, frozenset(name for name, _ in tf.train.list_variables(checkpoint))
+    key = use_averages, frozenset(open_checkpoint(checkpoint).get_variable_to_shape_map())
     if key not in savers:
       with session.graph.as_default():
         savers[key] = inference_saver(checkpoint, use_averages)

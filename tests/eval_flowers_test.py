@@ -19,7 +19,6 @@ from common import checkpoints
 from deployment import towers
 import eval_flowers
 from evaluation import curves
-from evaluation import evaluator
 from evaluation import grad_cam
 from evaluation import metrics
 from evaluation import report
@@ -519,14 +518,14 @@ class WatchTest(EvalTestCase):
   def test_deleted_checkpoints(self):
     before, during, last = self.save_all(1, 2, 3)
     self.delete(before)
-    restore = evaluator.Evaluator._restore
+    restore = checkpoints.restore
 
-    def delete_and_restore(evaluate, checkpoint, use_averages):
+    def delete_and_restore(session, checkpoint, *args):
       if checkpoint == during:
         self.delete(checkpoint)
-      return restore(evaluate, checkpoint, use_averages)
+      return restore(session, checkpoint, *args)
 
-    with mock.patch.object(evaluator.Evaluator, '_restore', delete_and_restore):
+    with mock.patch.object(checkpoints, 'restore', delete_and_restore):
       output = self.watch().splitlines()
     self.assertEqual(output[1], f'{during} was deleted before it was evaluated')
     self.assertStartsWith(output[2], 'Step 3: ')

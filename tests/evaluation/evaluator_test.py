@@ -136,7 +136,7 @@ class EvaluatorTest(tf.test.TestCase):
         evaluate(self.first)
 
   def test_checkpoint_that_is_gone(self):
-    with self.assertRaisesRegex(checkpoints.CheckpointError, 'model.ckpt-9 cannot be restored'):
+    with self.assertRaisesRegex(checkpoints.CheckpointError, 'model.ckpt-9 cannot be read'):
       self.build_evaluator()(os.path.join(self.dir, 'model.ckpt-9'))
 
   def test_checkpoint_of_another_model(self):
