@@ -83,6 +83,7 @@ class BenchmarkTest(unittest.TestCase):
   def test_input_and_its_peers(self):
     with self.small_pipeline():
       figures = input_pipeline.compare(num_rounds=1)
+    self.assertGreater(min(figures.values()), 0)
     for peer in ('slim', 'keras'):
       self.assertAlmostEqual(figures[f'ratio_to_{peer}'] * figures[f'{peer}_images_per_second'],
                              figures['images_per_second'])

@@ -108,8 +108,10 @@ class EvaluatorTest(tf.test.TestCase):
   def test_graph_does_not_grow(self):
     evaluate = self.build_evaluator(100)
     evaluate(self.first)
+    operations = evaluate._graph.get_operations()
     evaluate._graph.finalize()
     evaluate(self.second)
+    self.assertEqual(evaluate._graph.get_operations(), operations)
 
   def test_images(self):
     result = self.build_evaluator(30)(self.first, image_indices=[3, 99], num_mistakes=4)
