@@ -69,11 +69,11 @@ def check_split(dataset, sheet_numbers=()):
 
   Returns:
     report: dict for JSON, see `check_dataset`.
-    digests: {SHA-256 of an encoded image: numbers of its records}.
+    images: {SHA-256 of an encoded image: numbers and labels of its records}.
     thumbnails: {number: uint8 [height, width, 3]} of the good records in sheet_numbers.
   """
   labels, heights, widths = [], [], []
-  bad, digests, thumbnails = [], collections.defaultdict(list), {}
+  bad, images, thumbnails = [], collections.defaultdict(list), {}
   pixels, sums, squares = 0, np.zeros(3), np.zeros(3)
   for number, image, label, digest, reason in read_all(dataset):
     if reason:
@@ -82,7 +82,7 @@ def check_split(dataset, sheet_numbers=()):
     labels.append(label)
     heights.append(image.shape[0])
     widths.append(image.shape[1])
-    digests[digest].append(number)
+    images[digest].append((number, label))
     pixels += image.shape[0] * image.shape[1]
     sums += image.sum((0, 1), dtype=np.float64) / 255
     squares += np.square(image / 255.0).sum((0, 1))
@@ -102,7 +102,7 @@ def check_split(dataset, sheet_numbers=()):
       'channel_mean': mean.tolist(),
       'channel_std': np.sqrt(np.maximum(squares / max(pixels, 1) - mean**2, 0)).tolist(),
   }
-  return report, digests, thumbnails
+  return report, images, thumbnails
 
 
 def check_dataset(dataset_dir, dataset_name=flowers.DATASET_NAME, images_per_class=0, seed=0,
@@ -121,35 +121,51 @@ def check_dataset(dataset_dir, dataset_name=flowers.DATASET_NAME, images_per_cla
       record and reason, damaged_files, classes with their counts, imbalance as
       largest count / smallest, height and width as [minimum, median, maximum],
       sizes as counts by the longer side, channel_mean and channel_std in [0, 1]),
-      `duplicates` (the places of images that occur more than once), `leaks` (those
-      of them that are in several splits) and `ok`.
+      `duplicates` (the places and classes of images that occur more than once),
+      `leaks` (those of them that are in several splits), `conflicts` (those that are
+      in several classes) and `ok`.
     thumbnails: a list of uint8 [height, width, 3] for each of the first
-      pictures.MAX_SHEET_ROWS classes, from the training split.
+      pictures.MAX_SHEET_ROWS classes, from the first split, which is for training.
   """
   report = {'dataset_dir': dataset_dir, 'splits': {}}
   places = collections.defaultdict(list)
-  for split in flowers.SPLITS:
-    try:
-      dataset = flowers.get_split(split, dataset_dir, dataset_name=dataset_name,
-                                  **dataset_options)
-    except flowers.MissingSplitError:
-      if split == 'train':
-        raise
-      continue
-    chosen = _choose(dataset, images_per_class, seed) if split == 'train' else []
-    report['splits'][split], digests, found = check_split(
+  thumbnails = []
+  for split, dataset in open_splits(dataset_dir, dataset_name, dataset_options).items():
+    chosen = [] if thumbnails else _choose(dataset, images_per_class, seed)
+    report['splits'][split], images, found = check_split(
         dataset, {number for numbers in chosen for number in numbers})
-    if split == 'train':
-      thumbnails = [[found[number] for number in numbers if number in found]
-                    for numbers in chosen]
-    for digest, numbers in digests.items():
-      places[digest] += [{'split': split, **_place(dataset, number)} for number in numbers]
+    thumbnails = thumbnails or [[found[number] for number in numbers if number in found]
+                                for numbers in chosen]
+    for digest, numbers_and_labels in images.items():
+      places[digest] += [{'split': split, **_place(dataset, number),
+                          'class': dataset.labels_to_names[label]}
+                         for number, label in numbers_and_labels]
   duplicates = [same for same in places.values() if len(same) > 1]
   report['duplicates'] = duplicates
   report['leaks'] = [same for same in duplicates if len({place['split'] for place in same}) > 1]
-  report['ok'] = not (report['leaks'] or any(
+  report['conflicts'] = [same for same in duplicates
+                         if len({place['class'] for place in same}) > 1]
+  report['ok'] = not (report['leaks'] or report['conflicts'] or any(
       split['bad_records'] or split['damaged_files'] for split in report['splits'].values()))
   return report, thumbnails
+
+
+def open_splits(dataset_dir, dataset_name, dataset_options):
+  """Opens every split that a dataset has, before any is read; returns {name: slim Dataset}.
+
+  Raises:
+    flowers.DatasetError: there is no split, or one cannot be opened.
+  """
+  splits, missing = {}, []
+  for name in flowers.SPLITS:
+    try:
+      splits[name] = flowers.get_split(name, dataset_dir, dataset_name=dataset_name,
+                                       **dataset_options)
+    except flowers.MissingSplitError as error:
+      missing.append(error)
+  if not splits:
+    raise missing[0]
+  return splits
 
 
 def print_report(report):
@@ -186,10 +202,11 @@ def print_report(report):
     for bad in split['bad_records'][:MAX_LISTED]:
       print(f'{name}: {bad["file"]}, record {bad["record"]}: {bad["reason"]}')
   for same in report['duplicates'][:MAX_LISTED]:
-    print('same image: ' + '; '.join(f'{place["file"]}, record {place["record"]}'
-                                     for place in same))
+    print('same image: ' + '; '.join(
+        f'{place["file"]}, record {place["record"]} ({place["class"]})' for place in same))
   print(f'{len(report["duplicates"])} images occur more than once, '
-        f'{len(report["leaks"])} of them in several splits')
+        f'{len(report["leaks"])} of them in several splits, {len(report["conflicts"])} in several '
+        'classes')
   print('No problems found' if report['ok'] else 'Problems found: see above')
 
 
@@ -246,7 +263,7 @@ def parse_args(argv=None):
   arguments.add_dataset_options(parser)
   parser.add_argument('--json', action='store_true', help='print a JSON object instead of tables')
   parser.add_argument('--contact_sheet', metavar='PNG',
-                      help='write a picture of random training images of each class '
+                      help='write a picture of random images of each class '
                       f'(of the first {pictures.MAX_SHEET_ROWS} classes)')
   parser.add_argument('--images_per_class', type=images_per_class, default=8,
                       help='number of images of each class on the contact sheet, up to 50')
@@ -256,11 +273,13 @@ def parse_args(argv=None):
 
 
 def main(args):
+  if args.contact_sheet:
+    files.require_writable(os.path.dirname(args.contact_sheet))
   report, thumbnails = check_dataset(
       images_per_class=args.images_per_class if args.contact_sheet else 0, seed=args.seed,
       **arguments.dataset_options(args))
   if args.contact_sheet:
-    names = list(report['splits']['train']['classes'])
+    names = list(next(iter(report['splits'].values()))['classes'])
     files.write_atomically(args.contact_sheet, pictures.draw_contact_sheet(thumbnails, names))
   if args.json:
     print(json.dumps(report))

@@ -3,7 +3,7 @@
   python create_tfrecords.py --image_dir flower_photos --dataset_dir my_flowers
 
 Writes shards of training and validation images, labels.txt and, if some files
-could not be used, rejected.csv with the reasons. If --image_dir has the folders
+could not be used, flowers_rejected.csv with the reasons. If --image_dir has the folders
 train and validation (or val) or test, each with one subfolder per class, these
 become the splits. The same images and seed give the same shards on every machine.
 The files get their final names only after all of them are complete.
@@ -34,8 +34,8 @@ def parse_args(argv=None):
   parser.add_argument('--validation_fraction', type=arguments.fraction,
                       help='share of each class that goes to the validation split, unless the '
                       f'images are split already (default: {creation.VALIDATION_FRACTION})')
-  parser.add_argument('--num_shards', type=arguments.positive_int, default=2,
-                      help='number of files per split')
+  parser.add_argument('--num_shards', type=arguments.positive_int,
+                      help=f'number of files per split (default: {creation.NUM_SHARDS})')
   parser.add_argument('--seed', type=arguments.non_negative_int, default=0,
                       help='determines the split and the order of the images')
   parser.add_argument('--num_workers', type=arguments.positive_int,
@@ -49,8 +49,10 @@ def parse_args(argv=None):
 
 if __name__ == '__main__':
   arguments.escape_unprintable_output()
-  # kill ends the script as Ctrl-C does, so that nothing unfinished is left.
+  # kill and a closed terminal end the script as Ctrl-C does, so that nothing unfinished is left.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
   args = parse_args()
   try:
     creation.create_dataset(

@@ -144,7 +144,8 @@ def fetch_rest(url, part, size):
     total = start + int(length) if length.isdecimal() else size
     # Checked before `part` is changed: this may be the login page of a wireless network.
     if size and total != size:
-      raise ServerError(f'the file has {total} bytes, not {size}', is_final=True)
+      raise ServerError(f'the file has {total} bytes, not {size}; for another archive, pass its '
+                        '--sha256', is_final=True)
     limit = size or MAX_BYTES
     with open(part, 'ab' if continued else 'wb') as f, tqdm.tqdm(
         desc='Downloading', total=total, initial=start, unit='B', unit_scale=True,
@@ -293,7 +294,10 @@ def main(args):
 
 if __name__ == '__main__':
   arguments.escape_unprintable_output()
-  signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves nothing unfinished
+  # kill and a closed terminal end the script as Ctrl-C does, so that nothing unfinished is left.
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
   try:
     main(parse_args())
   except (DownloadError, flowers.DatasetError, OSError) as error:

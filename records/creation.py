@@ -20,20 +20,23 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 import tqdm
 
+from common import files
 from common import terminal
 from records import flowers
 from records import image_files
 
-REJECTED_FILE = 'rejected.csv'
 VALIDATION_FRACTION = 0.1
+NUM_SHARDS = 2
 WRITE_WINDOW = 256  # images in memory at a time
 MAX_LISTED_CLASSES = 50  # in the printed table
 MAX_SHARDS = 99_999  # the file names have five digits
 
 # Names, in upper or lower case, of the subfolders of an image folder that is already split.
 SPLIT_FOLDERS = {'train': 'train', 'training': 'train', 'val': 'validation',
-                 'valid': 'validation', 'validation': 'validation', 'test': 'test',
-                 'testing': 'test'}
+                 'valid': 'validation', 'validation': 'validation', 'dev': 'validation',
+                 'eval': 'validation', 'test': 'test', 'testing': 'test'}
+# Folders that operating systems and storage devices leave behind.
+SYSTEM_FOLDERS = ('__MACOSX', '@eaDir', 'lost+found', '$RECYCLE.BIN', 'System Volume Information')
 
 Item = collections.namedtuple('Item', [  # one file of a class folder
     'path',
@@ -46,7 +49,7 @@ Item = collections.namedtuple('Item', [  # one file of a class folder
 
 
 def create_dataset(image_dir, dataset_dir, dataset_name=flowers.DATASET_NAME,
-                   validation_fraction=None, num_shards=2, seed=0, num_workers=None,
+                   validation_fraction=None, num_shards=None, seed=0, num_workers=None,
                    labels_file=None, overwrite=False):
   """Writes a dataset and prints how many images of each class it has.
 
@@ -59,7 +62,7 @@ def create_dataset(image_dir, dataset_dir, dataset_name=flowers.DATASET_NAME,
     validation_fraction: float in [0, 1), share of each class that goes to the
       validation split; 0 writes no validation split. None means VALIDATION_FRACTION;
       it must be None for images that are already split.
-    num_shards: number of files per split.
+    num_shards: number of files per split; None means NUM_SHARDS, or one for a split of one image.
     seed: int of 0 or more that determines the split and the order.
     num_workers: number of images to decode in parallel; None means one per core. It
       does not change the result.
@@ -85,20 +88,21 @@ def create_dataset(image_dir, dataset_dir, dataset_name=flowers.DATASET_NAME,
     items = examine(splits, convert, pool)
     items_of = split_items(items, class_names, VALIDATION_FRACTION
                            if validation_fraction is None else validation_fraction, seed)
-    check_num_shards(num_shards, items_of)
+    shards_of = count_shards(items_of, num_shards)
     rejected = [item for item in items if item.reason]
     with new_files(dataset_dir, lambda: _existing_files(dataset_dir, dataset_name)) as folder:
       for split_name, split in items_of.items():
-        paths = [os.path.join(folder, flowers.shard_name(split_name, i, num_shards, dataset_name))
-                 for i in range(num_shards)]
+        paths = [os.path.join(folder, flowers.shard_name(split_name, i, shards_of[split_name],
+                                                         dataset_name))
+                 for i in range(shards_of[split_name])]
         write_split(split, class_names, convert, pool, paths, f'Writing {split_name}')
       if rejected:
-        write_rejected(rejected, image_dir, folder)
+        write_rejected(rejected, image_dir, os.path.join(folder, rejected_name(dataset_name)))
       write_labels(class_names, folder)
   print_table(class_names, items_of, rejected)
   if rejected:
-    print(f'{len(rejected)} files were rejected: {os.path.join(dataset_dir, REJECTED_FILE)} '
-          'says why')
+    path = os.path.join(dataset_dir, rejected_name(dataset_name))
+    print(f'{len(rejected)} files or folders were rejected: {path} says why')
   if validation_fraction != 0:
     print_classes_without_images(class_names, items_of)
 
@@ -116,7 +120,8 @@ def find_splits(image_dir, dataset_dir):
   folders = _subfolders(image_dir, dataset_dir)
   names = {name: SPLIT_FOLDERS.get(name.lower()) for name in folders}
   train = [name for name in names if names[name] == 'train']
-  if len(set(names.values()) - {None}) < 2 or not train or not _has_classes(folders[train[0]]):
+  if len(set(names.values()) - {None}) < 2 or not train or (
+      None in names.values() and not _has_classes(folders[train[0]])):
     return {None: find_classes(image_dir, folders)}
   for name in names:
     if list(names.values()).count(names[name]) > 1 or names[name] is None:
@@ -125,6 +130,10 @@ def find_splits(image_dir, dataset_dir):
           'needs one folder each for train and validation or test, and no others')
   splits = {}
   for name in sorted(names, key=lambda name: flowers.SPLITS.index(names[name])):
+    if not _has_classes(folders[name]):
+      raise flowers.DatasetError(
+          f'{folders[name]} is a split by its name, but its images are not in class folders: move '
+          'each into one, or use --image_dir with the folder of another split')
     splits[names[name]] = find_classes(folders[name], _subfolders(folders[name], dataset_dir))
     if unknown := splits[names[name]].keys() - splits['train'].keys():
       raise flowers.DatasetError(f'{folders[name]} has the class {min(unknown)}, but '
@@ -138,14 +147,14 @@ def find_classes(image_dir, folders):
     raise flowers.DatasetError(
         f'{len(stray)} images, such as {_printable(stray[0])}, are directly in {image_dir}: '
         'move each into the folder of its class')
-  files = {}
+  paths = {}
   for name, folder in folders.items():
     if not flowers.is_class_name(name):
       raise flowers.DatasetError(
           f'The class name {_printable(name)!r} cannot be written to labels.txt: give the folder a '
           'UTF-8 name without line breaks or leading or trailing spaces')
     name = unicodedata.normalize('NFC', name)
-    if name in files:
+    if name in paths:
       raise flowers.DatasetError(f'{image_dir} has two folders named {name}, in different '
                                  'Unicode forms: put the images into one')
     children = _visible_entries(folder)
@@ -154,50 +163,64 @@ def find_classes(image_dir, folders):
     if all(child.is_dir() for child in children):
       raise flowers.DatasetError(f'{folder} contains only folders: if the classes are one level '
                                  f'deeper, use --image_dir {shlex.quote(folder)}')
-    files[name] = [child.path for child in children]
-  return files
+    paths[name] = [child.path for child in children]
+  return paths
 
 
 def order_classes(image_dir, splits, labels_file):
   """Returns the class names in the order of their ids; splits are those of `find_splits`."""
-  files = next(iter(splits.values()))
-  if len(files) < 2:
-    raise flowers.DatasetError(f'{image_dir} needs at least 2 class folders, found {len(files)}')
+  folders = next(iter(splits.values()))
+  if len(folders) < 2:
+    raise flowers.DatasetError(f'{image_dir} needs at least 2 class folders, found {len(folders)}')
   if labels_file is None:
-    return list(files)
+    return list(folders)
   class_names = flowers.read_labels_file(labels_file)
-  if sorted(class_names) != sorted(files):
-    unknown = sorted(set(files).difference(class_names))
-    missing = sorted(set(class_names).difference(files))
-    raise flowers.DatasetError(f'{labels_file} does not match the class folders: not in the file: '
-                               f'{unknown or "none"}; without a folder: {missing or "none"}')
+  if sorted(class_names) != sorted(folders):
+    unknown = sorted(set(folders).difference(class_names))
+    missing = sorted(set(class_names).difference(folders))
+    twice = sorted({name for name in class_names if class_names.count(name) > 1})
+    raise flowers.DatasetError(
+        f'{labels_file} does not match the class folders: not in the file: {unknown or "none"}; '
+        f'without a folder: {missing or "none"}; more than once in the file: {twice or "none"}')
   return class_names
 
 
 def check_target(dataset_dir, dataset_name, class_names, overwrite):
   """Raises DatasetError if files that must not be replaced would be."""
+  if '://' in dataset_dir:
+    raise flowers.DatasetError(f'--dataset_dir must be a folder of this machine, got {dataset_dir}')
+  files.require_writable(dataset_dir)
   existing = _existing_files(dataset_dir, dataset_name)
   others = _other_shards(dataset_dir, dataset_name)
   labels_file = os.path.join(dataset_dir, flowers.LABELS_FILE)
-  if (os.path.exists(labels_file) and (others or not overwrite)
+  if (os.path.exists(labels_file) and (others or not existing or not overwrite)
       and flowers.read_labels(dataset_dir) != class_names):
     if others:
       raise flowers.DatasetError(f'{labels_file} lists other classes and is also used by '
                                  f'{others[0]}: choose another --dataset_dir')
-    existing.append(labels_file)
+    if not existing:
+      raise flowers.DatasetError(f'{labels_file} lists other classes, and no dataset here is '
+                                 f'called {dataset_name}: choose another --dataset_dir')
   if existing and not overwrite:
     raise flowers.DatasetError(f'{existing[0]} exists: use --overwrite to replace the dataset, '
                                'or choose another --dataset_dir')
 
 
-def check_num_shards(num_shards, items_of):
-  """Raises DatasetError if a split, {split name: items}, has too few images for its shards."""
+def count_shards(items_of, num_shards=None):
+  """Returns {split name: number of its shards} of splits, {split name: items}.
+
+  Raises:
+    flowers.DatasetError: a split has fewer images than num_shards.
+  """
+  if num_shards is None:
+    return {split_name: min(NUM_SHARDS, len(items)) for split_name, items in items_of.items()}
   for split_name, items in items_of.items():
     if num_shards > min(len(items), MAX_SHARDS):
       raise flowers.DatasetError(
           f'--num_shards {num_shards} is more than {MAX_SHARDS}' if num_shards > MAX_SHARDS else
           f'--num_shards {num_shards} is more than the number of images in the {split_name} split, '
           f'{len(items)}')
+  return dict.fromkeys(items_of, num_shards)
 
 
 def examine(splits, convert, pool):
@@ -218,10 +241,10 @@ def examine(splits, convert, pool):
     return Item(path, split_name, class_name, None, digest,
                 kept_as if encoded is content else None)
 
-  files = [(split_name, class_name, path) for split_name, classes in splits.items()
+  found = [(split_name, class_name, path) for split_name, classes in splits.items()
            for class_name, paths in classes.items() for path in paths]
-  items = list(tqdm.tqdm(pool.map(lambda file: examine_file(*file), files), 'Reading',
-                         total=len(files), unit=' images', disable=None))
+  items = list(tqdm.tqdm(pool.map(lambda file: examine_file(*file), found), 'Reading',
+                         total=len(found), unit=' images', disable=None))
   return reject_duplicates(items)
 
 
@@ -334,7 +357,10 @@ def write_split(items, class_names, convert, pool, paths, description):
   labels = {name: label for label, name in enumerate(class_names)}
 
   def make_record(item):
-    content = _read(item.path)
+    try:
+      content = _read(item.path)
+    except image_files.ImageError:
+      content = b''
     if hashlib.sha256(content).digest() != item.digest:
       raise flowers.DatasetError(f'{_printable(item.path)} changed while the dataset was created: '
                                  'run the script again')
@@ -346,7 +372,8 @@ def write_split(items, class_names, convert, pool, paths, description):
   with contextlib.ExitStack() as stack:
     progress = stack.enter_context(tqdm.tqdm(
         desc=description, total=len(items), unit=' images', disable=None))
-    writers = [stack.enter_context(tf.python_io.TFRecordWriter(path)) for path in paths]
+    writers = [stack.enter_context(tf.python_io.TFRecordWriter(os.fsencode(path)))
+               for path in paths]
     for start in range(0, len(items), WRITE_WINDOW):
       window = items[start:start + WRITE_WINDOW]
       for i, record in enumerate(pool.map(make_record, window), start):
@@ -354,9 +381,14 @@ def write_split(items, class_names, convert, pool, paths, description):
         progress.update()
 
 
-def write_rejected(rejected, image_dir, folder):
-  """Writes rejected.csv."""
-  with open(os.path.join(folder, REJECTED_FILE), 'w', encoding='utf-8', newline='') as f:
+def rejected_name(dataset_name):
+  """Returns the name of the file that lists what was rejected from a dataset."""
+  return f'{dataset_name}_rejected.csv'
+
+
+def write_rejected(rejected, image_dir, path):
+  """Writes the table of the rejected files and the reasons."""
+  with open(path, 'w', encoding='utf-8', newline='') as f:
     writer = csv.writer(f)
     writer.writerow(['file', 'reason'])
     for item in rejected:
@@ -399,7 +431,7 @@ def print_classes_without_images(class_names, splits):
 
 
 def _subfolders(folder, dataset_dir):
-  """Returns {name: path} of the subfolders, without dataset_dir."""
+  """Returns {name: path} of the subfolders, without dataset_dir and other datasets."""
   if not os.path.isdir(folder):
     raise flowers.DatasetError(f'There is no folder {folder}: is --image_dir right?')
   folders = {}
@@ -408,9 +440,11 @@ def _subfolders(folder, dataset_dir):
       raise flowers.DatasetError(f'{_printable(entry.path)} is a broken link: repair or remove it')
     if not entry.is_dir():
       continue
+    has_images = bool(_images_in(entry.path)) or _has_classes(entry.path)
     if os.path.realpath(entry.path) != os.path.realpath(dataset_dir):
-      folders[entry.name] = entry.path
-    elif _images_in(entry.path) or _has_classes(entry.path):
+      if has_images or not os.path.exists(os.path.join(entry.path, flowers.LABELS_FILE)):
+        folders[entry.name] = entry.path
+    elif has_images:
       raise flowers.DatasetError(f'--dataset_dir {dataset_dir} is a class folder: choose another')
   return folders
 
@@ -428,14 +462,16 @@ def _images_in(folder):
 def _visible_entries(folder):
   # Sorted by name, because the order of a listing depends on the file system.
   with os.scandir(folder) as entries:
-    return sorted((entry for entry in entries if not entry.name.startswith('.')),
+    return sorted((entry for entry in entries if not entry.name.startswith('.')
+                   and entry.name not in SYSTEM_FOLDERS),
                   key=lambda entry: os.fsencode(entry.name))
 
 
 def _read(path):
   if not os.path.isfile(path):  # opening a pipe would block
     raise image_files.ImageError(
-        'a folder inside a class folder' if os.path.isdir(path) else
+        'a folder inside a class folder; files in it: '
+        f'{sum(len(names) for *_, names in os.walk(path))}' if os.path.isdir(path) else
         'a broken link' if os.path.islink(path) else 'not a file')
   try:
     with open(path, 'rb') as f:
@@ -449,7 +485,7 @@ def _existing_files(dataset_dir, dataset_name):
   pattern = flowers.name_pattern(dataset_name)
   paths = [path for split_name in flowers.SPLITS for path in glob.glob(
       os.path.join(glob.escape(dataset_dir), pattern.replace('%s', split_name)))]
-  rejected_file = os.path.join(dataset_dir, REJECTED_FILE)
+  rejected_file = os.path.join(dataset_dir, rejected_name(dataset_name))
   return sorted(paths) + [rejected_file] * os.path.exists(rejected_file)
 
 

@@ -36,6 +36,7 @@ from records import tfrecords
 import xception_preprocessing
 
 SPLITS = ('train', 'validation', 'test')
+OTHER_SPLIT_NAMES = {'validation': ('valid', 'val')}  # in file names of other tools
 LABELS_FILE = 'labels.txt'
 DATASET_NAME = 'flowers'  # prefix of the file names
 IMAGE_KEY = 'image/encoded'
@@ -129,8 +130,8 @@ def read_labels_file(path, labels_offset=0):
   names = _parse_labels(path, _read_lines(path))
   ids = sorted(names)
   if ids[0] not in (0, labels_offset) or ids != list(range(ids[0], ids[0] + len(ids))):
-    hint = ('. If the labels of the records begin at 1 too, use --labels_offset 1'
-            if ids[0] == 1 else '')
+    hint = ('. Labels of records that begin at 1 need --labels_offset 1, where there is this '
+            'option' if ids[0] == 1 else '')
     raise DatasetError(f'{path}: the ids of {len(ids)} classes must be 0 to {len(ids) - 1}, got '
                        f'{ids if len(ids) < 10 else f"{ids[0]} to {ids[-1]}"}{hint}')
   first = labels_offset if ids[0] == 0 and names[0].lower() == 'background' else 0
@@ -203,8 +204,7 @@ def get_split(split_name, dataset_dir, file_pattern=None, reader=None, dataset_n
   if file_pattern and '%s' not in file_pattern:
     raise ValueError(f'file_pattern must contain %s in place of the split, got {file_pattern!r}')
   class_names = read_labels(dataset_dir, labels_offset)
-  files = _find_shards(dataset_dir,
-                       (file_pattern or name_pattern(dataset_name)).replace('%s', split_name))
+  files = _find_shards(dataset_dir, file_pattern or name_pattern(dataset_name), split_name)
   records = tfrecords.Records(files)
   if not len(records):
     raise DatasetError('; '.join(records.damages) or f'{", ".join(files)} hold no records')
@@ -225,7 +225,7 @@ def get_split(split_name, dataset_dir, file_pattern=None, reader=None, dataset_n
       num_classes=len(class_names),
       labels_to_names=dict(enumerate(class_names)),
       records=records, image_key=image_key, label_key=label_key, labels_offset=labels_offset)
-  _check_labels_offset(dataset)
+  _check_labels_offset(dataset, os.path.join(dataset_dir, LABELS_FILE))
   return dataset
 
 
@@ -235,23 +235,32 @@ def _keys_to_features(image_key, label_key):
           label_key: tf.FixedLenFeature((), tf.int64)}
 
 
-def _find_shards(dataset_dir, pattern):
-  """Returns the sorted paths of a pattern; raises DatasetError unless every shard exists."""
-  paths = sorted(glob.glob(os.path.join(glob.escape(dataset_dir), pattern)))
+def _find_shards(dataset_dir, pattern, split_name):
+  """Returns the sorted paths of a split; raises DatasetError unless every shard exists."""
+  files_of = {split: _find_files(dataset_dir, pattern, split) for split in SPLITS}
+  paths = files_of.pop(split_name)
   if not paths:
-    raise MissingSplitError(
-        f'No file matches {os.path.join(dataset_dir, pattern.replace("[0-9]", "?"))}: check '
-        '--dataset_dir, --dataset_name and --file_pattern')
+    pattern = pattern.replace('%s', split_name).replace('[0-9]', '?')
+    raise MissingSplitError(f'No file matches {os.path.join(dataset_dir, pattern)}: check '
+                            '--dataset_dir, --dataset_name and --file_pattern')
+  for other, files in files_of.items():
+    if shared := sorted(set(paths).intersection(files)):
+      raise DatasetError(f'{shared[0]} would be in the splits {split_name} and {other}: use a '
+                         f'--file_pattern in which %s is where they differ, not {pattern}')
   shards = collections.defaultdict(set)  # {(text before, text after): {(shard, number of shards)}}
   for path in paths:
-    if match := re.fullmatch(r'(.*)(\d{5})-of-(\d{5})([^/]*)', path, re.DOTALL):
-      shards[match[1], match[4]].add((int(match[2]), int(match[3])))
-  for (head, tail), found in shards.items():
+    if match := re.fullmatch(r'(.*)(?<!\d)(\d+)-of-(\d+)([^/]*)', path, re.DOTALL):
+      shards[match[1], match[4]].add((match[2], match[3]))
+  for (head, tail), texts in shards.items():
+    digits = min(len(shard) for shard, _ in texts)  # 1 if they are not padded with zeros
+    found = {(int(shard), int(total)) for shard, total in texts}
     num_shards = max(total for _, total in found)
-    expected = {(shard, num_shards) for shard in range(num_shards)}
+    # Other tools number shards from 1.
+    first = 1 if (num_shards, num_shards) in found and (0, num_shards) not in found else 0
+    expected = {(shard, num_shards) for shard in range(first, first + num_shards)}
 
-    def path_of(numbers, head=head, tail=tail):
-      return '{}{:05d}-of-{:05d}{}'.format(head, *numbers, tail)
+    def path_of(numbers, head=head, tail=tail, digits=digits):
+      return '{}{:0{digits}d}-of-{:0{digits}d}{}'.format(head, *numbers, tail, digits=digits)
 
     if unexpected := sorted(found - expected):
       raise DatasetError(f'{path_of(unexpected[0])} is not one of the {num_shards} shards beside '
@@ -263,7 +272,15 @@ def _find_shards(dataset_dir, pattern):
   return paths
 
 
-def _check_labels_offset(dataset):
+def _find_files(dataset_dir, pattern, split_name):
+  """Returns the sorted paths of the files of a split, under the first of its names that any has."""
+  for name in (split_name, *OTHER_SPLIT_NAMES.get(split_name, ())):
+    if paths := glob.glob(os.path.join(glob.escape(dataset_dir), pattern.replace('%s', name))):
+      return sorted(paths)
+  return []
+
+
+def _check_labels_offset(dataset, labels_file):
   """Raises DatasetError if the labels of the records begin one too high or too low.
 
   With many classes, the labels outside labels.txt would be a small share of the
@@ -279,6 +296,14 @@ def _check_labels_offset(dataset):
     seen.add(read_label(dataset, number))
     if wanted <= seen or time.monotonic() > deadline:
       break
+  else:
+    if (dataset.labels_offset and seen == set(range(last))
+        and 0 in _parse_labels(labels_file, _read_lines(labels_file))):
+      raise DatasetError(
+          f'{labels_file} has {last + 1} ids from 0 on, but with --labels_offset '
+          f'{dataset.labels_offset} no record of {dataset.data_sources[0]} is of the last class, '
+          f'{dataset.labels_to_names[last]}. If id 0 is no class, call it background; if that '
+          f'class really has no records, let the ids begin at {dataset.labels_offset}')
   shift = 1 if 0 not in seen and last + 1 in seen else -1 if last not in seen and -1 in seen else 0
   if shift and dataset.labels_offset + shift >= 0:
     offset = dataset.labels_offset
@@ -573,10 +598,13 @@ class RecordReader:
     return image, int(label)
 
   def _describe_label(self, record):
-    """Returns what is wrong with a label that is not one number, such as a one-hot vector."""
+    """Returns what is wrong with a label that is not one whole number, such as a name."""
     with contextlib.suppress(protobuf.DecodeError):
       label = tf.train.Example.FromString(record).features.feature[self._dataset.label_key]
       if len(label.int64_list.value) > 1:
         return (f'{self._dataset.label_key} has {len(label.int64_list.value)} values instead of '
                 'one, the id of the class')
+      if label.bytes_list.value or label.float_list.value:
+        return (f'{self._dataset.label_key} holds {"text" if label.bytes_list.value else "floats"} '
+                'instead of the id of the class, an int64: write the records with ids')
     return None

@@ -4,6 +4,7 @@ JPEG and PNG files that TensorFlow decodes to what Pillow shows are kept byte fo
 byte; all others are converted.
 """
 
+import contextlib
 import io
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
@@ -20,9 +21,12 @@ SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.gif', '.webp', '
 MAX_PIXELS = 100_000_000  # a JPEG of 1 MB may claim more than memory holds
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a warning, would come before this one
 JPEG_QUALITY = 95
+PNG = b'\x89PNG\r\n\x1a\n'  # the first bytes of a PNG file
 
 EXIF_ORIENTATION = 0x0112
 UPRIGHT = 1
+TIFF_SUBFILE_TYPE = 254
+TIFF_THUMBNAIL = 1  # bit of TIFF_SUBFILE_TYPE
 
 
 class ImageError(Exception):
@@ -62,6 +66,9 @@ class Converter:
       if content[4:8] == b'ftyp':  # a box of the ISO base media file format
         raise ImageError('it is a HEIC image or a video, which Pillow cannot read: convert it to '
                          'JPEG, for instance with heif-convert') from error
+      if content.startswith(PNG):
+        raise ImageError('it is a PNG image with damaged or unusual metadata: save it '
+                         'again') from error
       raise ImageError('it is not an image') from error
     except Exception as error:  # pylint: disable=broad-except
       # On damaged files Pillow raises almost anything: SyntaxError, ValueError, ...
@@ -69,6 +76,8 @@ class Converter:
 
   def _convert(self, content):
     image = Image.open(io.BytesIO(content))
+    if image.format == 'TIFF':
+      skip_thumbnails(image)
     if image.width * image.height > MAX_PIXELS:
       raise ImageError(f'{image.width} x {image.height} is more than {MAX_PIXELS} pixels')
     image.load()
@@ -100,6 +109,13 @@ class Converter:
     return pixels.shape == expected.shape
 
 
+def skip_thumbnails(image):
+  """Moves a PIL image of a TIFF file to its first page that is no thumbnail, if it has one."""
+  with contextlib.suppress(EOFError):  # after the last page
+    while image.tag_v2.get(TIFF_SUBFILE_TYPE, 0) & TIFF_THUMBNAIL:
+      image.seek(image.tell() + 1)
+
+
 def to_rgb(image):
   """Converts a PIL image of any mode to RGB: 16 bits to 8, transparency to white.
 
@@ -108,7 +124,11 @@ def to_rgb(image):
   """
   if image.mode.startswith('I;16'):
     # Pillow's own conversion clips everything above 255.
-    pixels = np.asarray(image).astype(np.float64) / 257
+    pixels = np.asarray(image).astype(np.float64)
+    if 0 < pixels.max() < 4096:
+      raise ImageError(f'its 16-bit pixels reach only {pixels.max():.0f} of 65535, as with a '
+                       'camera of 10 or 12 bits: convert it to 8 bits')
+    pixels /= 257
     image = Image.fromarray(np.round(np.clip(pixels, 0, 255)).astype(np.uint8))
   elif image.mode in ('I', 'F'):
     raise ImageError(f'the range of its pixel values (mode {image.mode}) is unknown')

@@ -18,6 +18,7 @@ import numpy as np
 HEADER_SIZE = 12  # bytes
 FOOTER_SIZE = 4  # bytes
 CRC_MASK_DELTA = 0xa282ead8
+GZIP = b'\x1f\x8b'  # the first bytes of a gzip file
 
 
 class RecordError(Exception):
@@ -85,6 +86,7 @@ class Records:
           self.damages.append(
               f'{path}: the length of record {len(offsets) - first} is damaged: that record and '
               'all after it are lost' if offset else
+              f'{path} is compressed: unpack it with gzip -d' if header.startswith(GZIP) else
               f'{path} is not a TFRecord file, or it is compressed')
           return
         end = offset + HEADER_SIZE + FOOTER_SIZE

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -89,8 +90,25 @@ class CheckDatasetTest(tf.test.TestCase):
     report = self.check()
     self.assertFalse(report['ok'])
     self.assertLen(report['duplicates'], 2)
-    self.assertEqual(report['leaks'], [[{'split': 'train', 'file': train, 'record': 3},
-                                        {'split': 'validation', 'file': validation, 'record': 1}]])
+    self.assertEqual(report['leaks'], [[
+        {'split': 'train', 'file': train, 'record': 3, 'class': 'dog'},
+        {'split': 'validation', 'file': validation, 'record': 1, 'class': 'dog'}]])
+    self.assertEqual(report['conflicts'], [])
+
+  def test_one_image_in_two_classes(self):
+    self.write('validation', [(4, 0), (3, 1), (4, 1)])  # a split for validation is enough
+    report = self.check()
+    self.assertFalse(report['ok'])
+    self.assertEqual([[place['class'] for place in same] for same in report['conflicts']],
+                     [['cat', 'dog']])
+    self.assertEqual(report['leaks'], [])
+
+  def test_all_splits_are_opened_first(self):
+    self.write('train', [(1, 0), (2, 1)])
+    self.write('validation', [])
+    with mock.patch.object(check_dataset, 'check_split', side_effect=AssertionError), \
+         self.assertRaisesRegex(flowers.DatasetError, 'validation_.* hold no records'):
+      self.check()
 
   def test_the_contact_sheet_is_bounded(self):
     thumbnail = np.full([128, 96, 3], [200, 0, 0], np.uint8)
@@ -152,6 +170,8 @@ class CheckDatasetTest(tf.test.TestCase):
     result = self.run_script('--dataset_name', 'cats')
     self.assertEqual(result.returncode, 1)
     self.assertRegex(result.stderr, 'check_dataset.py: No file matches .*cats_train_')
+    result = self.run_script('--contact_sheet', os.path.join(sheet, 'x.png'))
+    self.assertRegex(result.stderr, 'check_dataset.py: Cannot write results into .*not a folder')
     self.assertNotIn('Traceback', result.stderr)
 
 

@@ -75,12 +75,17 @@ class CreateDatasetTest(tf.test.TestCase):
     return result
 
   def rejected(self):
-    with open(os.path.join(self.dataset_dir, 'rejected.csv'), encoding='utf-8', newline='') as f:
+    path = os.path.join(self.dataset_dir, 'flowers_rejected.csv')
+    with open(path, encoding='utf-8', newline='') as f:
       return {row['file']: row['reason'] for row in csv.DictReader(f)}
 
   def digests(self):
-    return {name: hashlib.sha256(open(os.path.join(self.dataset_dir, name), 'rb').read()).digest()
-            for name in os.listdir(self.dataset_dir)}
+    digests = {}
+    for path in glob.glob(os.path.join(self.dataset_dir, '**'), recursive=True):
+      if os.path.isfile(path):
+        with open(path, 'rb') as f:
+          digests[os.path.relpath(path, self.dataset_dir)] = hashlib.sha256(f.read()).digest()
+    return digests
 
   def assertRefused(self, message, **kwargs):
     before = self.digests() if os.path.isdir(self.dataset_dir) else None
@@ -163,6 +168,10 @@ class CreateDatasetTest(tf.test.TestCase):
       f.write('0:cat\n1:cow\n')
     self.assertRefused(r"ids.txt does not match .*not in the file: \['dog'\]; without a folder: "
                        r"\['cow'\]", labels_file=labels, overwrite=True)
+    with open(labels, 'w', encoding='utf-8') as f:
+      f.write('0:cat\n1:dog\n2:dog\n')
+    self.assertRefused(r"more than once in the file: \['dog'\]", labels_file=labels,
+                       overwrite=True)
 
   # Files that cannot be used.
 
@@ -189,14 +198,15 @@ class CreateDatasetTest(tf.test.TestCase):
         'cat/with space and ü.jpg': 'it is not an image',
         'cat/not-utf8-\\udcff.jpg': 'it is not an image',
         'cat/line\nbreak.jpg': 'it is not an image',
-        'cat/folder': 'a folder inside a class folder',
+        'cat/folder': 'a folder inside a class folder; files in it: 1',
         'dog/truncated.jpg': mock.ANY,
         'dog/copy.jpg': mock.ANY,
         'dog/broken-link.jpg': 'a broken link',
-        'dog/loop': 'a folder inside a class folder',
+        'dog/loop': mock.ANY,
         'dog/pipe.jpg': 'not a file'})
     self.assertStartsWith(self.rejected()['dog/truncated.jpg'], 'it cannot be decoded')
-    self.assertRegex(output, r'\ncat +3 +1 +6\ndog +3 +1 +5\ntotal +6 +2 +11\n11 files were')
+    self.assertRegex(output, r'\ncat +3 +1 +6\ndog +3 +1 +5\ntotal +6 +2 +11\n'
+                     '11 files or folders were rejected')
 
   def test_good_files_with_odd_names(self):
     self.write_classes(cat=2, dog=2)
@@ -253,6 +263,11 @@ class CreateDatasetTest(tf.test.TestCase):
     self.write_classes(cat=2, dog=2)
     self.assertRefused('--num_shards 3 is more than the number of images in the train split, 2',
                        num_shards=3)
+    os.remove(os.path.join(self.image_dir, 'dog', '001.jpg'))
+    self.write_classes(cat=10)
+    self.create()  # by default, a split of one image has one shard
+    self.assertEqual([len(flowers.get_split(name, self.dataset_dir).data_sources)
+                      for name in ('train', 'validation')], [2, 1])
 
   def test_folders_that_would_be_lost(self):
     self.write_classes(cat=2, dog=2)
@@ -268,6 +283,39 @@ class CreateDatasetTest(tf.test.TestCase):
     for name in ('Lo\u0308we', 'L\u00f6we'):
       self.write(f'{name}/1.jpg', image_bytes(60))
     self.assertRefused('two folders named L\u00f6we', overwrite=True)
+
+  def test_folders_that_are_no_classes(self):
+    self.write_classes(cat=2, dog=2)
+    for name in ('__MACOSX', '@eaDir', 'lost+found'):
+      os.mkdir(os.path.join(self.image_dir, name))
+    self.write('__MACOSX/cat/._1.jpg', b'of another system')
+    self.dataset_dir = os.path.join(self.image_dir, 'records')
+    self.create(num_shards=1)
+    self.dataset_dir = os.path.join(self.image_dir, 'other')  # beside the earlier one
+    self.create(num_shards=1)
+    self.assertEqual(flowers.read_labels(self.dataset_dir), ['cat', 'dog'])
+
+  def test_a_file_that_vanishes_while_the_dataset_is_written(self):
+    self.write_classes(cat=2, dog=2)
+    write_split = creation.write_split
+
+    def remove_and_write(*args):
+      shutil.rmtree(self.image_dir)
+      write_split(*args)
+
+    with mock.patch.object(creation, 'write_split', remove_and_write):
+      self.assertRefused('.jpg changed while the dataset was created')
+
+  def test_paths_that_cannot_be_written(self):
+    self.write_classes(cat=2, dog=2)
+    self.dataset_dir = 'ram://bucket/out'
+    self.assertRefused('must be a folder of this machine, got ram://bucket/out')
+    self.dataset_dir = os.path.join(self.image_dir, 'cat', '000.jpg', 'inside')
+    with self.assertRaisesRegex(NotADirectoryError, '000.jpg is not a folder'):
+      self.create()
+    self.dataset_dir = os.path.join(self.dir, os.fsdecode(b'not-utf8-\xff'))
+    self.create()
+    self.assertLen(self.features('train'), 2)
 
   def test_a_class_folder_that_is_a_link(self):
     self.write_classes(cat=2)
@@ -306,6 +354,24 @@ class CreateDatasetTest(tf.test.TestCase):
     # The old shards are not mixed in.
     self.assertLen(flowers.get_split('train', self.dataset_dir).data_sources, 1)
     self.assertEqual(flowers.read_labels(self.dataset_dir), ['cat', 'cow', 'dog'])
+
+  def test_files_of_another_dataset(self):
+    self.write_classes(cat=2, dog=2)
+    self.write('../dataset/train/x.record', b'records')
+    self.write('../dataset/rejected.csv', b'another program\'s')
+    self.write('../dataset/labels.txt', b'0:x\n1:y\n')
+    for overwrite in (False, True):
+      self.assertRefused('labels.txt lists other classes, and no dataset here is called flowers',
+                         overwrite=overwrite)
+    self.write('../dataset/labels.txt', b'0:cat\n1:dog\n')
+    self.write('cat/empty.jpg', b'')
+    before = self.digests()
+    self.create()
+    self.write('cat/1.jpg', b'')
+    self.create(dataset_name='pets')
+    self.assertContainsSubset(before.items(), self.digests().items())
+    self.assertContainsSubset(['flowers_rejected.csv', 'pets_rejected.csv'],
+                              os.listdir(self.dataset_dir))
 
   def test_an_interrupted_run_leaves_what_was_there(self):
     self.write_classes(cat=6, dog=6)
@@ -383,8 +449,20 @@ class CreateDatasetTest(tf.test.TestCase):
                        validation_fraction=0.2, overwrite=True)
     self.write('val/cow/1.jpg', image_bytes(8))
     self.assertRefused('val has the class cow, but .*train does not', overwrite=True)
+    shutil.rmtree(os.path.join(self.image_dir, 'val', 'cow'))
+    self.write('train/stray.jpg', image_bytes(10))
+    self.assertRefused('train is a split by its name, but its images are not in class folders',
+                       overwrite=True)
+    os.remove(os.path.join(self.image_dir, 'train', 'stray.jpg'))
     self.write('valid/cat/1.jpg', image_bytes(9))
     self.assertRefused('needs one folder each for train and validation or test', overwrite=True)
+
+  def test_splits_without_classes(self):
+    self.write_classes(train=3, val=2, test=2)
+    self.assertRefused('train is a split by its name, but its images are not in class folders')
+    self.write('bus/1.jpg', image_bytes(8))  # so that train is a vehicle
+    self.create()
+    self.assertEqual(flowers.read_labels(self.dataset_dir), ['bus', 'test', 'train', 'val'])
 
   def test_classes_without_validation_images(self):
     self.write_classes(one=1, two=2, three=3)

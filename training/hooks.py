@@ -158,7 +158,8 @@ class BadRecordsHook(tf.train.SessionRunHook):
       if len(self._bad_numbers) > self._max_bad:
         self.too_many = (
             f'{len(self._bad_numbers)} of {self._dataset.num_samples} records are bad, more '
-            'than --max_bad_fraction allows. Recreate the dataset, or allow more')
+            f'than the {self._max_bad:g} that --max_bad_fraction allows. Recreate the dataset, or '
+            'raise --max_bad_fraction')
         self._workers.request_stop(run_context)
 
   def end(self, session):
@@ -227,6 +228,7 @@ class ProfileHook(tf.train.SessionRunHook):
 class StopOnSignalHook(tf.train.SessionRunHook):
   """On Ctrl-C or SIGTERM, finishes the current step and stops training, which saves.
 
+  So it does when the terminal is closed (SIGHUP), unless nohup is to ignore that.
   A second signal ends the process at once, whatever it waits for; the last
   checkpoint stays intact. Signals are received while the hook's context lasts.
 
@@ -243,7 +245,11 @@ class StopOnSignalHook(tf.train.SessionRunHook):
     self._read_socket, self._write_socket = socket.socketpair()
     self._write_socket.setblocking(False)
     signal.set_wakeup_fd(self._write_socket.fileno())
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
+    self._signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+      self._signals.append(signal.SIGHUP)
+    self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+    for signal_number in self._signals:
       signal.signal(signal_number, lambda *_: None)  # which writes the number to the socket
     threading.Thread(target=self._receive, daemon=True).start()
     return self
@@ -253,7 +259,7 @@ class StopOnSignalHook(tf.train.SessionRunHook):
       self._workers.request_stop(run_context)
 
   def __exit__(self, *_):
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
+    for signal_number in self._signals:
       signal.signal(signal_number, signal.SIG_DFL)
     signal.set_wakeup_fd(-1)
     self._write_socket.close()
@@ -263,6 +269,10 @@ class StopOnSignalHook(tf.train.SessionRunHook):
     while number := self._read_socket.recv(1):
       if self.received:
         os._exit(128 + number[0])
+      if number[0] == signal.SIGHUP:  # writing to a terminal that is gone fails
+        with open(os.devnull, 'wb') as null:
+          for descriptor in self._terminals:
+            os.dup2(null.fileno(), descriptor)
       self.received = signal.Signals(number[0]).name
       time.sleep(REPEAT_SECS)
       with contextlib.suppress(BlockingIOError):

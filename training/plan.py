@@ -57,6 +57,9 @@ def find_inputs(args, num_workers):
   dataset = flowers.get_split('train', **dataset_options)
   validation = (flowers.get_split('validation', **dataset_options)
                 if args.eval_every_epochs else None)
+  if dataset.num_classes < 2:
+    raise PlanError(f'{args.dataset_dir} has one class, {dataset.labels_to_names[0]}: a classifier '
+                    'needs at least 2 to tell apart')
   devices = towers.tower_devices(args.num_clones, args.clone_on_cpu)
   precision.check(args.precision, args.xla, devices)
   if args.batch_size % (num_workers * len(devices) * args.accumulate_steps):

@@ -108,7 +108,7 @@ class FlowersTest(tf.test.TestCase):
         ('0:daisy\n0:roses\n', "line 2: id 0 is already 'daisy'"),
         ('1:daisy\n2:roses\n', r'must be 0 to 1, got \[1, 2\]'),
         ('\n', 'is empty'),
-        ('1:daisy\n2:roses\n', 'begin at 1 too, use --labels_offset 1'),
+        ('1:daisy\n2:roses\n', 'begin at 1 need --labels_offset 1'),
         ('0:a\0b\n', 'expected id:name'),
         ('0:Löwenzahn\n'.encode('latin-1'), 'is not UTF-8 text .*iconv -f LATIN1 -t UTF-8'),
         ('0:daisy\n'.encode('utf-16'), 'is not UTF-8 text .*iconv -f UTF-16 -t UTF-8')]:
@@ -187,6 +187,36 @@ class FlowersTest(tf.test.TestCase):
     dataset = flowers.get_split('train', self.dir, file_pattern='flowers_%s_00000*')
     self.assertEqual(dataset.num_samples, 4)
 
+  def rename_shards(self, *names):
+    for i, name in enumerate(names):
+      os.rename(self.write_images([i]), os.path.join(self.dir, name))
+
+  def test_shards_with_other_numbers_than_ours(self):
+    for names in (['train-000-of-003', 'train-001-of-003', 'train-002-of-003'],
+                  [f'train-{i}-of-11' for i in range(11)],
+                  [f'train-{i}-of-11' for i in range(1, 12)]):
+      self.rename_shards(*names)
+      self.assertEqual(flowers.get_split('train', self.dir, '%s-*').num_samples, len(names))
+      os.remove(os.path.join(self.dir, names[1]))
+      with self.assertRaisesRegex(flowers.DatasetError,
+                                  f'shards are missing, such as .*{names[1]}:'):
+        flowers.get_split('train', self.dir, '%s-*')
+      for name in [names[0], *names[2:]]:
+        os.remove(os.path.join(self.dir, name))
+
+  def test_other_names_of_the_validation_split(self):
+    for name in ('val', 'valid', 'validation'):  # the last one wins
+      self.rename_shards(f'{name}-00000-of-00001')
+      dataset = flowers.get_split('validation', self.dir, '%s-*')
+      self.assertEqual(dataset.data_sources, [os.path.join(self.dir, f'{name}-00000-of-00001')])
+
+  def test_a_pattern_that_gives_one_file_to_two_splits(self):
+    self.rename_shards('train_set_train.tfrecord', 'train_set_validation.tfrecord')
+    for split in ('train', 'validation'):
+      with self.assertRaisesRegex(flowers.DatasetError,
+                                  'train_set_validation.tfrecord would be in the splits'):
+        flowers.get_split(split, self.dir, '*%s*')
+
   def test_records_of_other_tools(self):
     feature = flowers.make_example(encoded_image(9), 'jpg', 1, 90, 110).features.feature
     example = tf.train.Example()
@@ -214,6 +244,13 @@ class FlowersTest(tf.test.TestCase):
       flowers.get_split('train', self.dir)
     dataset = flowers.get_split('train', self.dir, labels_offset=1)
     self.assertEqual(flowers.count_labels(dataset), [1] * 150)
+    self.write_labels(''.join(f'{i}:class{i}\n' for i in range(151)))  # 0 is no class
+    with self.assertRaisesRegex(flowers.DatasetError, 'If id 0 is no class, call it background'):
+      flowers.get_split('train', self.dir, labels_offset=1)
+    self.write_labels(''.join(f'{i}:class{i}\n' for i in range(1, 152)))  # 151 has no images
+    self.assertEqual(flowers.get_split('train', self.dir, labels_offset=1).num_classes, 151)
+    self.write_labels(''.join(f'{i}:class{i}\n' for i in range(150)))
+    dataset = flowers.get_split('train', self.dir, labels_offset=1)
     self.assertEqual([flowers.RecordReader(dataset)(i)[1] for i in (0, 149)], [0, 149])
     with tf.Graph().as_default(), tf.Session() as session:
       _, labels = session.run(flowers.load_batch(dataset, 150, 71, 71, is_training=False))
@@ -444,7 +481,7 @@ class FlowersTest(tf.test.TestCase):
   def test_a_key_of_another_type(self):
     example = flowers.make_example(encoded_image(1), 'jpg', 1, 90, 110)
     example.features.feature['image/class/label'].bytes_list.value.append(b'1')
-    self.check_bad_record(example, 'image/class/label.*Data types don.t match')
+    self.check_bad_record(example, 'image/class/label holds text instead of the id of the class')
 
   def test_a_one_hot_label(self):
     example = flowers.make_example(encoded_image(1), 'jpg', 1, 90, 110)

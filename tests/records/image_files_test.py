@@ -92,6 +92,16 @@ class ConverterTest(tf.test.TestCase):
     expected = np.array([[0, 1, 128, 255]]).repeat(4, 0)[..., np.newaxis].repeat(3, 2)
     self.check(save(Image.fromarray(values), 'PNG'), 'png', expected, 0, kept=False)
 
+  def test_16_bits_of_an_unknown_range(self):
+    pixels = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    with self.assertRaisesRegex(image_files.ImageError, 'its 16-bit pixels reach only 4095 of'):
+      self.convert(save(Image.fromarray(pixels), 'PNG'))
+
+  def test_a_tiff_that_begins_with_a_thumbnail(self):
+    image, thumbnail = smooth(), smooth(20, 30)
+    content = save(thumbnail, 'TIFF', tiffinfo={254: 1}, save_all=True, append_images=[image])
+    self.check(content, 'png', image, 0, kept=False)
+
   def test_transparency_becomes_white(self):
     image = Image.new('RGBA', (8, 8), (255, 0, 0, 0))
     image.paste((0, 0, 255, 255), (0, 0, 4, 8))

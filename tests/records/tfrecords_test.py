@@ -78,7 +78,9 @@ class RecordsTest(tf.test.TestCase):
         f.write(content)
       records = tfrecords.Records([path, self.write('b', [b'other'])])
       self.assertEqual([records[i] for i in range(len(records))], [b'other'])
-      self.assertEqual(records.damages, [f'{path} is not a TFRecord file, or it is compressed'])
+      self.assertEqual(records.damages, [
+          f'{path} is compressed: unpack it with gzip -d' if content.startswith(b'\x1f') else
+          f'{path} is not a TFRecord file, or it is compressed'])
 
   def test_a_file_that_changes_while_it_is_used(self):
     path = self.write('a.tfrecord', [b'0123456789'] * 3)

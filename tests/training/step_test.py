@@ -47,7 +47,8 @@ BLOCKED_STEP = textwrap.dedent('''
 class SignalTest(tf.test.TestCase):
 
   def test_a_second_signal_ends_a_blocked_step(self):
-    for first, second in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)):
+    for first, second in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM),
+                          (signal.SIGHUP, signal.SIGTERM)):
       process = subprocess.Popen([sys.executable, '-c', BLOCKED_STEP], cwd=PROJECT, text=True,
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
       with process.stdout as output:
