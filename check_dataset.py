@@ -262,7 +262,7 @@ def parse_args(argv=None):
                                    formatter_class=arguments.HelpFormatter)
   arguments.add_dataset_options(parser)
   parser.add_argument('--json', action='store_true', help='print a JSON object instead of tables')
-  parser.add_argument('--contact_sheet', metavar='PNG',
+  parser.add_argument('--contact_sheet', type=arguments.path, metavar='PNG',
                       help='write a picture of random images of each class '
                       f'(of the first {pictures.MAX_SHEET_ROWS} classes)')
   parser.add_argument('--images_per_class', type=images_per_class, default=8,

@@ -25,10 +25,11 @@ from records import flowers
 def parse_args(argv=None):
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
                                    formatter_class=arguments.HelpFormatter)
-  parser.add_argument('--image_dir', required=True,
+  parser.add_argument('--image_dir', type=arguments.path, required=True,
                       help='folder with one subfolder of images per class, or with the folders '
                       'train, validation and test that have these subfolders')
-  parser.add_argument('--dataset_dir', required=True, help='folder to write to')
+  parser.add_argument('--dataset_dir', type=arguments.path, required=True,
+                      help='folder to write to')
   parser.add_argument('--dataset_name', default=flowers.DATASET_NAME,
                       help='prefix of the file names')
   parser.add_argument('--validation_fraction', type=arguments.fraction,
@@ -40,7 +41,7 @@ def parse_args(argv=None):
                       help='determines the split and the order of the images')
   parser.add_argument('--num_workers', type=arguments.positive_int,
                       help='number of images to decode in parallel (default: one per core)')
-  parser.add_argument('--labels_file',
+  parser.add_argument('--labels_file', type=arguments.path,
                       help='labels.txt with the ids of the classes (default: class names are '
                       'numbered in sorted order)')
   parser.add_argument('--overwrite', action='store_true', help='replace an existing dataset')

@@ -249,7 +249,8 @@ def parse_args(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__.split('\n')[0], formatter_class=arguments.HelpFormatter,
       epilog='The photographs are licensed CC-BY; flower_photos/LICENSE.txt credits their authors.')
-  parser.add_argument('--dataset_dir', required=True, help='folder to write to')
+  parser.add_argument('--dataset_dir', type=arguments.path, required=True,
+                      help='folder to write to')
   parser.add_argument('--url', help='URL of a mirror, or a local file:// (default: '
                       'download.tensorflow.org)')
   parser.add_argument('--sha256', type=checksum, default=SHA256, help='checksum of the archive')

@@ -57,16 +57,25 @@ def new_checkpoints(log_dir, timeout):
     Paths. Training keeps only its newest checkpoints, so a path may no longer
     exist when it is read.
   """
-  seen = set()
+  seen = set()  # (path, time of the index): a new training run may reuse the names
   deadline = time.monotonic() + timeout
   while time.monotonic() < deadline:
-    unseen = [path for path in checkpoints.list_checkpoints(log_dir) if path not in seen]
+    unseen = [found for found in map(written_at, checkpoints.list_checkpoints(log_dir))
+              if found not in seen]
     if unseen:
       seen.add(unseen[0])
-      yield unseen[0]
+      yield unseen[0][0]
       deadline = time.monotonic() + timeout
     else:
       time.sleep(min(WATCH_INTERVAL_SECS, timeout))
+
+
+def written_at(checkpoint):
+  """Returns a checkpoint's path and the time at which it was written, None if it is gone."""
+  try:
+    return checkpoint, os.path.getmtime(f'{checkpoint}.index')
+  except FileNotFoundError:
+    return checkpoint, None
 
 
 def watch(evaluate, log_dir, timeout, last_step):
@@ -137,19 +146,19 @@ def parse_args(argv=None):
   arguments.add_dataset_options(group)
   group.add_argument('--dataset_split_name', default='validation', choices=flowers.SPLITS,
                      help='split to evaluate')
-  group.add_argument('--log_eval', '--eval_dir',
+  group.add_argument('--log_eval', '--eval_dir', type=arguments.path,
                      help='folder of the results (default: eval in --log_dir, or MODEL.eval '
                      'with --graph MODEL)')
   group = parser.add_argument_group('weights')
-  group.add_argument('--log_dir', '--train_dir', default='./log',
+  group.add_argument('--log_dir', '--train_dir', type=arguments.path, default='./log',
                      help='folder of the training run')
   one_of = group.add_mutually_exclusive_group()
-  one_of.add_argument('--checkpoint_path',
+  one_of.add_argument('--checkpoint_path', type=arguments.path,
                       help='evaluates this checkpoint, or the newest of this folder '
                       '(default: the newest of --log_dir)')
   one_of.add_argument('--watch', action='store_true',
                       help='evaluates every checkpoint of --log_dir while training writes them')
-  one_of.add_argument('--graph', metavar='MODEL',
+  one_of.add_argument('--graph', type=arguments.path, metavar='MODEL',
                       help='evaluates a frozen model of write_pb.py: .pb, SavedModel folder, '
                       '.tflite or .onnx')
   group.add_argument('--watch_timeout', type=arguments.positive_float, default=1800,
@@ -205,6 +214,18 @@ def refuse_combinations(parser, args):
     parser.error('--explain_layer needs --explain')
 
 
+def default_log_eval(args):
+  """Returns the folder of the results: eval in --log_dir, or MODEL.eval beside the model."""
+  if not args.graph:
+    return os.path.join(args.log_dir, 'eval')
+  path = args.graph.rstrip('/')
+  if os.path.basename(path) == models.SAVED_MODEL_FILE:
+    path = os.path.dirname(path)
+  if os.path.basename(path) in ('', '.', '..'):
+    path = os.path.abspath(path)
+  return f'{path}.eval'
+
+
 def main(args):
   # Cheap checks come first.
   checkpoint = (None if args.watch or args.graph else
@@ -213,8 +234,11 @@ def main(args):
   dataset_options = arguments.dataset_options(args)
   dataset = flowers.get_split(args.dataset_split_name, **dataset_options)
   flowers.require_readable(dataset)
-  log_eval = args.log_eval or (f'{args.graph.rstrip("/")}.eval' if args.graph else
-                               os.path.join(args.log_dir, 'eval'))
+  log_eval = args.log_eval or default_log_eval(args)
+  if checkpoints.list_checkpoints(log_eval):
+    raise checkpoints.CheckpointError(
+        f'--log_eval {log_eval} holds checkpoints, whose metrics.json may be that of training: '
+        'choose another folder')
   split = report.SplitEvaluation(
       dataset, log_eval, args.batch_size,
       {'dataset_split_name': args.dataset_split_name, **dataset_options})

@@ -52,7 +52,8 @@ def build_graph(plan, args, recipe, workers):
   optimizer = optimization.build_optimizer(recipe, learning_rate)
   if args.precision == 'float16':
     optimizer = precision.scale_loss(optimizer)
-  flowers.require_readable(plan.dataset)
+  for dataset in filter(None, [plan.dataset, plan.validation]):
+    flowers.require_readable(dataset)
   batch = flowers.load_numbered_batch(
       plan.dataset, args.batch_size, plan.config.image_size, plan.config.image_size,
       is_training=True, seed=plan.config.seed, first_image=plan.first_image,
@@ -100,7 +101,7 @@ def restore_weights(plan, args, workers):
   return restoration.init_fn
 
 
-def build_hooks(plan, args, train_step, scaffold, workers):
+def build_hooks(plan, args, train_step, scaffold, evaluations, workers):
   """Returns the hooks that report, save and evaluate a run: {name: hook}."""
   writer = tf.summary.FileWriterCache.get(plan.log_dir)
   hooks = {
@@ -115,16 +116,13 @@ def build_hooks(plan, args, train_step, scaffold, workers):
   if workers.is_chief:
     hooks.update(build_chief_hooks(plan, args, train_step, scaffold, writer))
   if args.eval_every_epochs:
-    # Every worker compares with the chief's best, so that all stop at the same step.
-    best = workers.all_gather(
-        evaluation_hook.read_best(plan.log_dir, plan.config, plan.start_step))[0]
     hooks['evaluation'] = evaluation_hook.EvaluationHook(
         evaluator.Evaluator(
             plan.validation, plan.config,
             train_step.tower_batch_size, plan.devices, workers=workers),
         train_step.global_step, scaffold.saver, plan.log_dir, plan.config,
-        max(1, round(args.eval_every_epochs * plan.steps_per_epoch)), plan.max_steps, best,
-        args.early_stop_patience)
+        max(1, round(args.eval_every_epochs * plan.steps_per_epoch)), plan.max_steps,
+        evaluations, args.early_stop_patience)
   if args.profile_steps:
     hooks['profile'] = training_hooks.ProfileHook(
         train_step.global_step, args.profile_steps, plan.log_dir, writer)
@@ -185,7 +183,12 @@ def main(args):
 def train(plan, args, recipe, session_config, workers):
   """Trains from the plan's first step to its last and saves the result."""
   training_plan.show(plan, args, recipe, workers)
-  if plan.start_step >= plan.max_steps:
+  # Every worker compares with the chief's best, so that all stop at the same step.
+  evaluations = workers.all_gather(
+      evaluation_hook.read_record(plan.log_dir, plan.config, plan.start_step)
+      if args.eval_every_epochs else None)[0]
+  if plan.start_step >= plan.max_steps and (
+      evaluations is None or evaluations['global_step'] == plan.start_step):
     print(f'{plan.log_dir} is already trained to step {plan.start_step}: '
           'raise --num_epochs or --max_number_of_steps, or choose another --log_dir')
     return
@@ -197,7 +200,7 @@ def train(plan, args, recipe, session_config, workers):
   workers.require_same(training_plan.settings_to_share(plan, args, recipe))
   scaffold = tf.train.Scaffold(saver=saving.Saver(plan.log_dir, args.max_to_keep),
                                init_fn=restore_weights(plan, args, workers))
-  hooks = build_hooks(plan, args, train_step, scaffold, workers)
+  hooks = build_hooks(plan, args, train_step, scaffold, evaluations, workers)
   reached, stopped_by = training_step.run_training(
       train_step, [*workers.hooks(args.check_weights_steps), *hooks.values()], plan,
       session_config, scaffold, workers)

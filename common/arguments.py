@@ -5,6 +5,8 @@ and the allowed range, before anything is built.
 """
 
 import argparse
+import codecs
+import os
 import shlex
 import sys
 
@@ -29,9 +31,14 @@ def checked_number(number_type, is_allowed, allowed):
     if value is None or not is_allowed(value):
       kind = 'a whole number' if number_type is int else 'a number'
       raise argparse.ArgumentTypeError(f'must be {kind} {allowed}, got {text}')
+    if value > MAX_NUMBER:
+      raise argparse.ArgumentTypeError(f'must be {MAX_NUMBER:,} or less, got {text}')
     return value
   return parse
 
+
+MAX_IMAGE_SIZE = 10_000  # pixels; a single layer's output has 100 GB there
+MAX_NUMBER = 10**12  # products with it fit into 64 bits and into a float
 
 positive_int = checked_number(int, lambda value: value > 0, 'greater than 0')
 non_negative_int = checked_number(int, lambda value: value >= 0, 'of 0 or more')
@@ -40,10 +47,18 @@ non_negative_float = checked_number(float, lambda value: 0 <= value < float('inf
 fraction = checked_number(float, lambda value: 0 <= value < 1, 'of 0 or more and less than 1')
 positive_fraction = checked_number(float, lambda value: 0 < value <= 1,
                                    'greater than 0 and at most 1')
-image_size = checked_number(int, lambda value: value >= xception.MIN_IMAGE_SIZE,
-                    f'of {xception.MIN_IMAGE_SIZE} or more')
+image_size = checked_number(
+    int, lambda value: xception.MIN_IMAGE_SIZE <= value <= MAX_IMAGE_SIZE,
+    f'from {xception.MIN_IMAGE_SIZE} to {MAX_IMAGE_SIZE}')
 num_threads = checked_number(int, lambda value: value > 0 or value == tf.data.AUTOTUNE,
                      f'greater than 0, or {tf.data.AUTOTUNE}')
+
+
+def path(text):
+  """The argparse type of a path: expands ~, and refuses the empty text of an unset variable."""
+  if not text:
+    raise argparse.ArgumentTypeError('must be a path, got nothing')
+  return os.path.expanduser(text)
 
 
 # The options of add_dataset_options, which are arguments of records.flowers.get_split.
@@ -58,7 +73,7 @@ def add_dataset_options(group, dataset_dir='dataset'):
     group: argparse parser or group.
     dataset_dir: default of --dataset_dir; None is `dataset`, if it is there.
   """
-  group.add_argument('--dataset_dir', default=dataset_dir,
+  group.add_argument('--dataset_dir', type=path, default=dataset_dir,
                      help='folder of the TFRecords and labels.txt'
                      + ' (default: dataset, if it is there)' * (dataset_dir is None))
   group.add_argument('--dataset_name', help='prefix of the file names (default: flowers)')
@@ -111,9 +126,17 @@ class ArgumentParser(argparse.ArgumentParser):
   def __init__(self, **kwargs):
     super().__init__(fromfile_prefix_chars='@', formatter_class=HelpFormatter, **kwargs)
 
+  def parse_known_args(self, args=None, namespace=None):
+    try:
+      return super().parse_known_args(args, namespace)
+    except RecursionError:
+      self.error('an @FILE includes itself')
+    except UnicodeDecodeError as error:
+      self.error(f'an @FILE is not UTF-8 text: {error}')
+
   def convert_arg_line_to_args(self, arg_line):
     try:
-      return shlex.split(arg_line, comments=True)
+      return shlex.split(arg_line.lstrip(codecs.BOM_UTF8.decode()), comments=True)
     except ValueError as error:
       self.error(f'the line {arg_line!r} of an @FILE has {str(error).lower()}: put double '
                  'quotes around text that contains an apostrophe')

@@ -18,6 +18,7 @@ import tf_slim as slim
 
 from common import errors
 from common import files
+import xception
 
 CONFIG_FILE = 'model_config.json'
 TEMPERATURE_FILE = 'temperature.json'
@@ -64,7 +65,7 @@ def find(log_dir, checkpoint_path=None):
   Raises:
     CheckpointError: there is none.
   """
-  path = checkpoint_path or log_dir
+  path = log_dir if checkpoint_path is None else checkpoint_path
   check_path(path)
   if os.path.basename(path) == 'checkpoint' and not os.path.isdir(path):
     path = os.path.dirname(path) or '.'
@@ -152,13 +153,15 @@ def _read_number(checkpoint, name):
   """
   try:
     return int(open_checkpoint(checkpoint).get_tensor(name))
-  except (tf.errors.OpError, ValueError, RuntimeError) as error:
+  # An IndexError means that a data file is too short.
+  except (tf.errors.OpError, IndexError, ValueError, RuntimeError) as error:
     raise CheckpointError(f'{checkpoint} cannot be read: {error}') from error
 
 
 def global_step(checkpoint):
-  """Returns the training step at which the checkpoint was written."""
-  return _read_number(checkpoint, 'global_step')
+  """Returns the training step at which the checkpoint was written; 0 if it does not say."""
+  has_step = open_checkpoint(checkpoint).has_tensor('global_step')
+  return _read_number(checkpoint, 'global_step') if has_step else 0
 
 
 def next_image(checkpoint):
@@ -200,24 +203,6 @@ def stored_names(checkpoint, names, use_averages='auto'):
   return averages, True
 
 
-def inference_saver(checkpoint, use_averages='auto'):
-  """Returns a saver that restores the default graph's network from a checkpoint.
-
-  Args:
-    checkpoint, use_averages: see `stored_names`.
-
-  Returns:
-    A tf.train.Saver, and whether it restores averages.
-
-  Raises:
-    CheckpointError: 'yes', and the checkpoint has no averages.
-  """
-  variables = {variable.op.name: variable for variable in slim.get_model_variables()}
-  names, are_averages = stored_names(checkpoint, variables, use_averages)
-  saver = tf.train.Saver({names[name]: variable for name, variable in variables.items()})
-  return saver, are_averages
-
-
 def restore(session, checkpoint, use_averages='auto', savers=None):
   """Restores the network in a session's graph; returns whether its weights are averages.
 
@@ -231,17 +216,23 @@ def restore(session, checkpoint, use_averages='auto', savers=None):
     CheckpointError: the checkpoint is of another network, is damaged or has no averages.
   """
   savers = {} if savers is None else savers
-  try:
-    # Checkpoints with the same variables share a saver.
-    key = use_averages, frozenset(open_checkpoint(checkpoint).get_variable_to_shape_map())
-    if key not in savers:
-      with session.graph.as_default():
-        savers[key] = inference_saver(checkpoint, use_averages)
-    saver, are_averages = savers[key]
-    saver.restore(session, checkpoint)
-  except (tf.errors.OpError, ValueError) as error:
-    raise CheckpointError(
-        f'{checkpoint} cannot be restored: {errors.reason(error)}') from error
+  stored = open_checkpoint(checkpoint).get_variable_to_shape_map()
+  with session.graph.as_default():
+    variables = {variable.op.name: variable for variable in slim.get_model_variables()}
+    names, are_averages = stored_names(checkpoint, variables, use_averages)
+    variables = {names[name]: variable for name, variable in variables.items()}
+    key = frozenset(variables)  # checkpoints with the same variables share a saver
+    try:
+      if key not in savers:
+        savers[key] = tf.train.Saver(variables)
+      for name, variable in variables.items():  # which the saver would overwrite with any shape
+        if stored.get(name, variable.shape) != variable.shape:
+          raise ValueError(f'its {name} has the shape {stored[name]}, not {variable.shape} as in '
+                           f'the network of {CONFIG_FILE}')
+      savers[key].restore(session, checkpoint)
+    except (tf.errors.OpError, ValueError) as error:
+      raise CheckpointError(
+          f'{checkpoint} cannot be restored: {errors.reason(error)}') from error
   return are_averages
 
 
@@ -268,9 +259,15 @@ def sha256(checkpoint):
 
   It identifies the content of the checkpoint, wherever that is copied or moved. A
   checkpoint of version 1 is a single file, whose SHA-256 it is.
+
+  Raises:
+    CheckpointError: it was deleted, or cannot be read.
   """
   index = f'{checkpoint}.index'
-  return files.sha256(index if os.path.exists(index) else checkpoint)
+  try:
+    return files.sha256(index if os.path.exists(index) else checkpoint)
+  except OSError as error:
+    raise CheckpointError(f'{checkpoint} cannot be read: {error}') from error
 
 
 def read_result(path, checkpoint, uses_averages, image_size):
@@ -330,11 +327,29 @@ def load_config(checkpoint):
   path = os.path.join(os.path.dirname(checkpoint), CONFIG_FILE)
   try:
     with open(path, encoding='utf-8') as f:
-      return ModelConfig(**json.load(f))
+      config = ModelConfig(**json.load(f))
+    _check_config(config)
+    return config
   except (OSError, ValueError, TypeError) as error:
     raise CheckpointError(
         f'{path}, which train_flowers.py writes beside a checkpoint, cannot be read: '
         f'{error}') from error
+
+
+def _check_config(config):
+  """Raises a ValueError if a value, which somebody may have edited, is impossible."""
+  is_possible = {
+      'class_names': isinstance(config.class_names, list) and config.class_names
+                     and all(isinstance(name, str) for name in config.class_names),
+      'image_size': type(config.image_size) is int
+                    and config.image_size >= xception.MIN_IMAGE_SIZE,
+      'depth_multiplier': type(config.depth_multiplier) in (int, float)
+                          and 0 < config.depth_multiplier < float('inf'),
+      'seed': type(config.seed) is int and config.seed >= 0,
+  }
+  for name, possible in is_possible.items():
+    if not possible:
+      raise ValueError(f'{name} cannot be {getattr(config, name)!r}')
 
 
 def check_same_model(asked, found, log_dir):

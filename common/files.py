@@ -1,5 +1,6 @@
 """Writes files atomically, checks folders, and computes checksums."""
 
+import contextlib
 import hashlib
 import os
 
@@ -10,10 +11,19 @@ def write_atomically(path, content):
   """Writes bytes under a temporary name, then renames the file to `path`.
 
   A reader sees either the old file or the complete new one.
+
+  Raises:
+    OSError: it cannot be written; nothing of it is left.
   """
-  with open(path + '.tmp', 'wb') as f:
-    f.write(content)
-  os.replace(path + '.tmp', path)
+  temporary = path + '.tmp'
+  try:
+    with open(temporary, 'wb') as f:
+      f.write(content)
+    os.replace(temporary, path)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      os.remove(temporary)
+    raise OSError(error.errno, error.strerror, path) from error
 
 
 def require_writable(folder):

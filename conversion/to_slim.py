@@ -158,8 +158,7 @@ def compare_answers(checkpoint, network, image_size):
     with slim.arg_scope(xception.xception_arg_scope()):
       features, end_points = xception.xception(
           tf.constant(images), network.num_classes, is_training=False)
-    saver, _ = checkpoints.inference_saver(checkpoint, use_averages='no')
-    saver.restore(session, checkpoint)
+    checkpoints.restore(session, checkpoint, use_averages='no')
     found = session.run(end_points.get('Predictions', features))
   expected = network.answer(images)
   difference = np.abs(found.reshape(expected.shape) - expected).max()

@@ -53,7 +53,7 @@ def compute(labels, probabilities, losses):
         labels, predictions, labels=range(num_classes), average=average, zero_division=0)
     if average:
       return ClassMetrics(*map(float, scores), num_images)
-    return ClassMetrics(*scores, support)
+    return ClassMetrics(*scores, support.astype(np.int64))  # floats if no prediction is right
 
   num_correct = int((predictions == labels).sum())
   return Metrics(
@@ -105,6 +105,7 @@ def to_dict(metrics, class_names):
   columns = (column.tolist() for column in metrics.classes)
   return {
       **metrics._asdict(),
+      'loss': metrics.loss if math.isfinite(metrics.loss) else None,  # JSON has no NaN
       'confusion_matrix': matrix,
       'classes': [{'name': name, **ClassMetrics(*row)._asdict()}
                   for name, *row in zip(class_names, *columns)],

@@ -156,6 +156,8 @@ class SplitEvaluation:
       OSError: log_eval cannot be written.
     """
     files.require_writable(log_eval)
+    if log_eval.encode(errors='ignore').decode() != log_eval:
+      raise OSError(f'TensorFlow cannot write events into {log_eval!r}, which is not UTF-8')
     self.class_names = [name for _, name in sorted(dataset.labels_to_names.items())]
     self._dataset = dataset
     self._log_eval = log_eval
@@ -189,14 +191,18 @@ class SplitEvaluation:
       nonlocal config, evaluate_checkpoint
       if fit_temperature:
         files.require_writable(os.path.dirname(checkpoint) or '.')
-      if evaluate_checkpoint is None:
-        config = checkpoints.load_config(checkpoint)
-        config = dataclasses.replace(config, image_size=image_size or config.image_size)
+      found = checkpoints.load_config(checkpoint)
+      found = dataclasses.replace(found, image_size=image_size or found.image_size)
+      if found != config:
+        if evaluate_checkpoint:  # the folder belongs to another training run now
+          evaluate_checkpoint.close()
+        config = found
         self._check_classes(checkpoint, config.class_names)
         evaluate_checkpoint = evaluator.Evaluator(
             self._dataset, config, self._batch_size, devices, show_progress=True,
             explain_layer=explain_layer)
-      about = _describe_checkpoint(checkpoint)
+      about = {'checkpoint': checkpoint, 'checkpoint_sha256': checkpoints.sha256(checkpoint),
+               'global_step': checkpoints.global_step(checkpoint)}
       result = evaluate_checkpoint(checkpoint, use_averages, self._picture_indices,
                                    pictures.MAX_GRID_IMAGES)
       about = {**about, 'image_size': config.image_size, 'uses_averages': result.uses_averages}
@@ -299,6 +305,9 @@ class SplitEvaluation:
       self._writer = tf.summary.FileWriter(self._log_eval)
     bad_numbers = sorted(set(range(self._dataset.num_samples)).difference(result.positions))
     _report_bad_records(self._dataset, bad_numbers)
+    if undefined := np.isnan(result.probabilities).any(1).sum():
+      print(f'Warning: the network outputs NaN for {undefined} of {len(result.labels)} images: the '
+            'metrics count their predictions as class 0', file=sys.stderr)
     computed = metrics.compute(result.labels, result.probabilities, result.losses)
     about = {'num_bad_records': len(bad_numbers), **about, **self._about}
     # With bad records, there are fewer images than records.
@@ -306,17 +315,3 @@ class SplitEvaluation:
     values, file_names = write(self._log_eval, self._writer, result, computed, scaled, indices,
                                self.class_names, about)
     return computed, values, file_names
-
-
-def _describe_checkpoint(checkpoint):
-  """Returns the entries of metrics.json that identify a checkpoint.
-
-  Raises:
-    checkpoints.CheckpointError: it cannot be read.
-  """
-  try:
-    return {'checkpoint': checkpoint, 'checkpoint_sha256': checkpoints.sha256(checkpoint),
-            'global_step': checkpoints.global_step(checkpoint)}
-  except (tf.errors.OpError, IndexError, OSError, ValueError) as error:
-    # An IndexError means that a data file is too short.
-    raise checkpoints.CheckpointError(f'{checkpoint} cannot be read: {error}') from error

@@ -198,8 +198,7 @@ def slim_logits(checkpoint, num_classes, batches):
   """Returns the slim network's logits, one array for each batch of images."""
   with tf.Graph().as_default(), tf.Session() as session:
     images, logits = build(num_classes)
-    saver, _ = checkpoints.inference_saver(checkpoint)
-    saver.restore(session, checkpoint)
+    checkpoints.restore(session, checkpoint)
     return [session.run(logits, {images: batch}) for batch in batches]
 
 

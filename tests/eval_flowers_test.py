@@ -19,6 +19,7 @@ from common import checkpoints
 from deployment import towers
 import eval_flowers
 from evaluation import curves
+from evaluation import evaluator
 from evaluation import grad_cam
 from evaluation import metrics
 from evaluation import report
@@ -250,9 +251,31 @@ class OnceTest(EvalTestCase):
                             (link, f'{link} is not a folder')]:
       with self.assertRaisesRegex(OSError, f'Cannot write results into {folder}: {message}'):
         evaluate('--log_dir', self.log_dir, '--log_eval', folder)
+    with self.assertRaisesRegex(OSError, 'cannot write events into .*, which is not UTF-8'):
+      evaluate('--log_dir', self.log_dir, '--log_eval', os.path.join(self.dir, '\udcff'))
+    with self.assertRaisesRegex(checkpoints.CheckpointError, 'holds checkpoints, whose metrics'):
+      evaluate('--log_dir', self.log_dir, '--log_eval', self.log_dir)
     with mock.patch.object(os, 'access', return_value=False):  # root may write anywhere
       with self.assertRaisesRegex(PermissionError, f'new/eval: {self.dir} is read-only'):
         evaluate('--log_dir', self.log_dir, '--log_eval', os.path.join(self.dir, 'new', 'eval'))
+
+
+  def test_a_network_that_outputs_nan(self):
+    self.without_pictures()
+    small_model.write_checkpoint(self.log_dir)
+    call = evaluator.Evaluator.__call__
+
+    def call_and_spoil(*args):
+      result = call(*args)
+      result.probabilities[3] = np.nan
+      result.losses[3] = np.nan
+      return result
+
+    with mock.patch.object(evaluator.Evaluator, '__call__', call_and_spoil), \
+         contextlib.redirect_stderr(io.StringIO()) as stderr:
+      evaluate('--log_dir', self.log_dir)
+    self.assertIn('Warning: the network outputs NaN for 1 of 100 images', stderr.getvalue())
+    self.assertIsNone(self.read_metrics()['loss'])
 
 
 class TemperatureTest(EvalTestCase):
@@ -422,6 +445,13 @@ class GraphTest(EvalTestCase):
     os.remove(os.path.join(self.dir, 'model.json'))
     self.assertIn('\nWeights: as frozen\n', self.evaluate_graph(pb))
 
+  def test_results_are_never_inside_a_saved_model(self):
+    for graph, expected in [('x/saved_model.pb', 'x.eval'), ('x/', 'x.eval'),
+                            ('saved_model.pb', f'{os.getcwd()}.eval'),
+                            ('.', f'{os.getcwd()}.eval')]:
+      args = eval_flowers.parse_args(['--graph', graph])
+      self.assertEqual(eval_flowers.default_log_eval(args), expected)
+
   def test_options_that_exclude_each_other(self):
     for option in (['--use_averages', 'no'], ['--num_clones', '2'], ['--eval_on_cpu'], ['--watch'],
                    ['--checkpoint_path', 'log'], ['--image_size', '128'], ['--explain']):
@@ -492,6 +522,15 @@ class WatchTest(EvalTestCase):
     self.assertEqual([line.split(':')[0] for line in output[1:3]], ['Step 1', 'Step 2'])
     self.assertEqual(output[3:], ['Evaluated 2 checkpoints; no new one for 1 seconds'])
     self.assertEqual(self.read_metrics()['global_step'], 2)
+
+  def test_names_that_a_new_training_run_uses_again(self):
+    path, = self.save_all(1)
+    iterator = eval_flowers.new_checkpoints(self.log_dir, 1)
+    self.assertEqual(next(iterator), path)
+    os.utime(f'{path}.index', (1, 1))  # as if it had been written again
+    self.assertEqual(list(iterator), [path])
+    self.delete(path)
+    self.assertEqual(eval_flowers.written_at(path), (path, None))
 
   def test_explains_every_checkpoint(self):
     self.save_all(1, 2)

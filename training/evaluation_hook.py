@@ -16,6 +16,7 @@ from training import saving
 BEST_DIR = 'best'  # in the log folder
 EVAL_DIR = 'eval'  # in the log folder, where eval_flowers.py writes too
 METRICS_FILE = 'metrics.json'
+RECORD_FILE = 'evaluations.json'  # in the log folder
 NEXT_SUFFIX = '.next'  # of the metrics whose checkpoint is being saved
 
 
@@ -31,7 +32,7 @@ class EvaluationHook(tf.train.SessionRunHook):
   """
 
   def __init__(self, evaluator, global_step, saver, log_dir, config, every_n_steps, max_steps,
-               best, patience=None):
+               record, patience=None):
     """Initializes the hook.
 
     Args:
@@ -42,7 +43,7 @@ class EvaluationHook(tf.train.SessionRunHook):
       config: ModelConfig, stored beside the best checkpoint.
       every_n_steps: steps between two evaluations.
       max_steps: the last step, which is always evaluated.
-      best: the result of `read_best`.
+      record: the result of `read_record`.
       patience: evaluations without improvement after which training stops, or None.
     """
     self.stopped_early = None
@@ -55,43 +56,63 @@ class EvaluationHook(tf.train.SessionRunHook):
     self._max_steps = max_steps
     self._patience = patience
     self._best_dir = os.path.join(log_dir, BEST_DIR)
-    self._best = best
+    self._record = dict(record)
 
   def begin(self):
     self._best_saver = saving.Saver(self._best_dir, max_to_keep=1)
     self._writer = tf.summary.FileWriter(os.path.join(self._log_dir, EVAL_DIR))
 
   def after_create_session(self, session, coord):
-    self._step = session.run(tf.train.get_global_step())  # a step that is skipped repeats it
+    self._step = int(session.run(tf.train.get_global_step()))  # a step that is skipped repeats it
+    if self._step and self._step != self._record['global_step'] and self._is_due(self._step):
+      self._evaluate_and_keep(session)  # which a kill has prevented
 
   def before_run(self, run_context):
     return tf.train.SessionRunArgs(self._global_step)
 
   def after_run(self, run_context, run_values):
     step = int(run_values.results)
-    if step == self._step or (step % self._every_n_steps and step != self._max_steps):
+    if step == self._step or not self._is_due(step):
       return
     self._step = step
-    checkpoint = self._saver.save(
-        run_context.session, os.path.join(self._log_dir, saving.CHECKPOINT_NAME), step,
-        write_meta_graph=False)
-    found = self._evaluate(checkpoint, step)
-    if self._best is None or _rank(found) > _rank(self._best):
-      self._keep(run_context.session, found)
-    tqdm.tqdm.write(
-        f'validation at step {step}: accuracy = {found["accuracy"]:.4f}, '
-        f'loss = {found["loss"]:.4f}{" (averages)" if found["uses_averages"] else ""}; '
-        f'best: {self._best["accuracy"]:.4f} at step {self._best["global_step"]}')
-    without_progress = (step - self._best['global_step']) // self._every_n_steps
-    if self._patience and without_progress >= self._patience and step != self._max_steps:
+    self._evaluate_and_keep(run_context.session)
+    num_without = self._record['num_without_improvement']
+    if self._patience and num_without >= self._patience and step != self._max_steps:
+      best = self._record['best']
       self.stopped_early = (
-          f'Stopped early: no better accuracy than {self._best["accuracy"]:.4f} of step '
-          f'{self._best["global_step"]} in {without_progress} evaluations')
+          f'Stopped early: no better accuracy than {best["accuracy"]:.4f} of step '
+          f'{best["global_step"]} in {num_without} evaluations')
       run_context.request_stop()
 
   def end(self, session):
     self._writer.close()
     self._evaluator.close()
+
+  def _is_due(self, step):
+    return step % self._every_n_steps == 0 or step >= self._max_steps
+
+  def _evaluate_and_keep(self, session):
+    """Saves and evaluates this step, keeps it if it is the best, and records that."""
+    step = self._step
+    checkpoint = self._saver.save(
+        session, os.path.join(self._log_dir, saving.CHECKPOINT_NAME), step,
+        write_meta_graph=False)
+    found = self._evaluate(checkpoint, step)
+    best = self._record['best']
+    if best is None or _rank(found) > _rank(best):
+      self._keep(session, found)
+      best = found
+    # After a kill, the step may be the best already.
+    num_without = (0 if best['global_step'] == step else
+                   self._record['num_without_improvement'] + 1)
+    record = {'global_step': step, 'num_without_improvement': num_without}
+    files.write_atomically(os.path.join(self._log_dir, RECORD_FILE),
+                           (json.dumps(record) + '\n').encode())
+    self._record = {**record, 'best': best}
+    tqdm.tqdm.write(
+        f'validation at step {step}: accuracy = {found["accuracy"]:.4f}, '
+        f'loss = {_loss(found):.4f}{" (averages)" if found["uses_averages"] else ""}; '
+        f'best: {best["accuracy"]:.4f} at step {best["global_step"]}')
 
   def _evaluate(self, checkpoint, step):
     """Evaluates a checkpoint and adds its metrics to TensorBoard; returns them."""
@@ -108,7 +129,7 @@ class EvaluationHook(tf.train.SessionRunHook):
             'checkpoint_sha256': checkpoints.sha256(checkpoint)}
 
   def _keep(self, session, found):
-    if self._best is None and os.path.isdir(self._best_dir):
+    if self._record['best'] is None and os.path.isdir(self._best_dir):
       os.rename(self._best_dir, next(
           path for path in (f'{self._best_dir}.old{i or ""}' for i in itertools.count())
           if not os.path.exists(path)))
@@ -122,7 +143,31 @@ class EvaluationHook(tf.train.SessionRunHook):
     self._best_saver.save(session, os.path.join(self._best_dir, saving.CHECKPOINT_NAME),
                           found['global_step'], write_meta_graph=False)
     os.replace(metrics_file + NEXT_SUFFIX, metrics_file)
-    self._best = found
+
+
+def read_record(log_dir, config, start_step):
+  """Reads what a run's evaluations have found so far.
+
+  Args:
+    log_dir, config, start_step: see `read_best`.
+
+  Returns:
+    A dict for JSON: `best`, the result of `read_best`; `global_step`, the step that was
+    evaluated last, or 0; `num_without_improvement`, the number of evaluations since the best.
+
+  Raises:
+    OSError: the folder of the results cannot be written.
+  """
+  files.require_writable(os.path.join(log_dir, EVAL_DIR))
+  record = {'global_step': 0, 'num_without_improvement': 0}
+  try:
+    with open(os.path.join(log_dir, RECORD_FILE), encoding='utf-8') as f:
+      found = {name: int(value) for name, value in json.load(f).items() if name in record}
+    if found.keys() == record.keys() and found['global_step'] <= start_step:
+      record = found
+  except (OSError, ValueError, TypeError, AttributeError):
+    pass  # no evaluation yet, or edited
+  return {**record, 'best': read_best(log_dir, config, start_step)}
 
 
 def read_best(log_dir, config, start_step):
@@ -173,4 +218,8 @@ def _read_metrics(best_dir, config, start_step):
 
 
 def _rank(found):
-  return found['accuracy'], -found['loss']
+  return found['accuracy'], -_loss(found)
+
+
+def _loss(found):
+  return float('inf') if found['loss'] is None else found['loss']

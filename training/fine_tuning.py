@@ -93,7 +93,13 @@ def restore(checkpoint_path, exclude_scopes=(), ignore_missing_vars=False, use_a
         f'{checkpoint} holds another network: {len(misfits)} variables have other shapes, '
         f'{name} is {stored[name]} there and {misfits[0].shape.as_list()} here. Is '
         '--depth_multiplier the same?')
-  if missing and (not ignore_missing_vars or len(missing) == len(wanted)):
+  if wanted and not found:
+    raise checkpoints.CheckpointError(
+        f'{checkpoint} holds none of the {len(wanted)} variables of the network'
+        + (', or holds them in the format of tf.train.Checkpoint: save them with '
+           'tf.compat.v1.train.Saver' if '_CHECKPOINTABLE_OBJECT_GRAPH' in stored else
+           f': it has {sorted(stored)[0]}, the network {missing[0]}'))
+  if missing and not ignore_missing_vars:
     raise checkpoints.CheckpointError(
         f'{checkpoint} lacks {len(missing)} of {len(wanted)} variables, first {missing[0]}. '
         'Leave them out with --checkpoint_exclude_scopes or --ignore_missing_vars')

@@ -102,10 +102,14 @@ class ProgressHook(tf.train.SessionRunHook):
     minutes, seconds = divmod(round((self._plan.max_steps - step) * seconds_per_step), 60)
     per_tower = (f', {images_per_second / self._num_towers:.1f} per tower'
                  if self._num_towers > 1 else '')
-    print(f'global step {step}/{self._plan.max_steps}: loss = {loss:.4f}, '
-          f'accuracy = {accuracy:.3f} ({seconds_per_step:.3f} sec/step, '
-          f'{images_per_second:.1f} images/sec{per_tower}, epoch {epoch:.2f}, '
-          f'{minutes // 60:02}:{minutes % 60:02}:{seconds:02} left)', flush=True)
+    line = (f'global step {step}/{self._plan.max_steps}: loss = {loss:.4f}, '
+            f'accuracy = {accuracy:.3f} ({seconds_per_step:.3f} sec/step, '
+            f'{images_per_second:.1f} images/sec{per_tower}, epoch {epoch:.2f}, '
+            f'{minutes // 60:02}:{minutes % 60:02}:{seconds:02} left)')
+    try:
+      print(line, flush=True)
+    except OSError:  # the terminal or the reader of a pipe is gone; training goes on
+      _discard_output(1)
 
 
 class BadRecordsHook(tf.train.SessionRunHook):
@@ -270,9 +274,8 @@ class StopOnSignalHook(tf.train.SessionRunHook):
       if self.received:
         os._exit(128 + number[0])
       if number[0] == signal.SIGHUP:  # writing to a terminal that is gone fails
-        with open(os.devnull, 'wb') as null:
-          for descriptor in self._terminals:
-            os.dup2(null.fileno(), descriptor)
+        for descriptor in self._terminals:
+          _discard_output(descriptor)
       self.received = signal.Signals(number[0]).name
       time.sleep(REPEAT_SECS)
       with contextlib.suppress(BlockingIOError):
@@ -280,3 +283,9 @@ class StopOnSignalHook(tf.train.SessionRunHook):
       print(f'\n{self.received}: finishing this step, then saving. '
             'A second signal exits immediately, without saving.', file=sys.stderr, flush=True)
     self._read_socket.close()
+
+
+def _discard_output(descriptor):
+  """Sends what is written to a file descriptor to nowhere."""
+  with open(os.devnull, 'wb') as null:
+    os.dup2(null.fileno(), descriptor)

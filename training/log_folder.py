@@ -46,7 +46,8 @@ def lock(log_dir):
     os.makedirs(log_dir, exist_ok=True)
     f = open(os.path.join(log_dir, LOCK_FILE), 'a+', encoding='utf-8')
   except OSError as error:
-    raise LogFolderError(f'Cannot write to --log_dir {log_dir!r}: {error.strerror}') from error
+    reason = 'it is a broken link' if os.path.islink(log_dir) else error.strerror
+    raise LogFolderError(f'Cannot write to --log_dir {log_dir!r}: {reason}') from error
   with f:
     try:
       fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

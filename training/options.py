@@ -110,7 +110,7 @@ def _add_recipe_options(group, *names):
 
 
 def _add_fine_tuning_options(group):
-  group.add_argument('--checkpoint_path',
+  group.add_argument('--checkpoint_path', type=arguments.path,
                      help='starts from the weights of this checkpoint, or of the newest one in '
                      'this folder; a head with another number of classes is left out')
   group.add_argument('--use_averages', choices=['auto', 'yes', 'no'], default='auto',
@@ -157,7 +157,7 @@ def _add_cluster_options(group):
 
 
 def _add_run_options(group):
-  group.add_argument('--log_dir', '--train_dir', default='./log',
+  group.add_argument('--log_dir', '--train_dir', type=arguments.path, default='./log',
                      help='folder of checkpoints and TensorBoard events')
   group.add_argument('--seed', type=arguments.non_negative_int,
                      help='seed of the initial weights, the order of the images and their '

@@ -14,6 +14,7 @@ import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
 from common import checkpoints
+from common import errors
 from cpu_kernels import operations
 from deployment import cluster
 from deployment import precision
@@ -254,7 +255,7 @@ def run_training(train_step, hooks, plan, session_config, scaffold, workers):
       with tf.train.SingularMonitoredSession(
           hooks, scaffold, workers.master, session_config,
           checkpoint_filename_with_path=plan.checkpoint) as session:
-        while not session.should_stop():
+        while reached < plan.max_steps and not session.should_stop():
           previous = reached
           _, reached = session.run([train_step.train_op, train_step.global_step])
           num_skipped = num_skipped + 1 if reached == previous else 0
@@ -285,8 +286,8 @@ def _explain(error, train_step, plan, reached, workers):
         f'Cannot save in {plan.log_dir}: {error.message.splitlines()[0]}. The previous '
         'checkpoint is intact: make room, then resume with the same command')
   if error.op and error.op.type == 'RestoreV2':
-    return TrainingError(f'Cannot restore the newest checkpoint of {plan.log_dir}: '
-                         f'{error.message.splitlines()[0]}')
+    return TrainingError(f'Cannot restore {plan.checkpoint or "--checkpoint_path"}: '
+                         f'{errors.reason(error)}')
   if reason := towers.explain_out_of_memory(error, plan.devices, train_step.tower_batch_size):
     return TrainingError(reason)
   return workers.explain(error)

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import io
 import os
+import tempfile
 
 import tensorflow.compat.v1 as tf
 
@@ -25,6 +26,43 @@ class DatasetOptionsTest(tf.test.TestCase):
       self.assertEqual(arguments.dataset_options(parse_args(argv)), {
           'dataset_dir': 'mine', 'file_pattern': '%s-*', 'image_key': 'image',
           'label_key': 'label', 'labels_offset': 1})
+
+
+class ValuesTest(tf.test.TestCase):
+
+  def parse(self, *argv):
+    """Returns what the parser refuses, or the options."""
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+      try:
+        return options.parse_train_args('Trains.', argv)
+      except SystemExit:
+        return stderr.getvalue().splitlines()[-1]
+
+  def test_paths(self):
+    self.assertEqual(self.parse('--log_dir=~/log').log_dir, os.path.expanduser('~/log'))
+    for name in ('log_dir', 'dataset_dir', 'checkpoint_path'):
+      self.assertIn(f'argument --{name}', self.parse(f'--{name}', ''))
+      self.assertEndsWith(self.parse(f'--{name}', ''), 'must be a path, got nothing')
+
+  def test_numbers_that_are_too_large(self):
+    for name in ('seed', 'batch_size', 'num_epochs', 'eval_every_epochs'):
+      self.assertEndsWith(self.parse(f'--{name}', '99999999999999999999'),
+                          'must be 1,000,000,000,000 or less, got 99999999999999999999')
+    self.assertEndsWith(self.parse('--image_size', '99999'),
+                        'must be a whole number from 71 to 10000, got 99999')
+
+  def test_option_files(self):
+    path = os.path.join(self.enterContext(tempfile.TemporaryDirectory()), 'options')
+    for content, expected in [
+        ('\ufeff--batch_size 8'.encode(), 8), (f'@{path}'.encode(), 'an @FILE includes itself'),
+        ('--log_dir b\xe4r'.encode('latin-1'), 'an @FILE is not UTF-8 text')]:
+      with open(path, 'wb') as f:
+        f.write(content)
+      found = self.parse(f'@{path}')
+      if isinstance(expected, int):
+        self.assertEqual(found.batch_size, expected)
+      else:
+        self.assertIn(expected, found)
 
 
 class OutputTest(tf.test.TestCase):

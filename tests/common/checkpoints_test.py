@@ -133,15 +133,14 @@ class FindTest(CheckpointsTestCase):
     checkpoints.check_path('/tmp/a folder (2)/Löwenzahn-{1}')
 
 
-class InferenceSaverTest(CheckpointsTestCase):
+class RestoreTest(CheckpointsTestCase):
 
   def restore(self, checkpoint, use_averages):
     """Returns the weight, and whether the saver calls it an average."""
     with tf.Graph().as_default(), tf.Session() as session:
       weight = model_variable()
-      saver, uses_averages = checkpoints.inference_saver(checkpoint, use_averages)
-      saver.restore(session, checkpoint)
-      return session.run(weight), uses_averages
+      are_averages = checkpoints.restore(session, checkpoint, use_averages)
+      return session.run(weight), are_averages
 
   def test_averages_where_there_are_some(self):
     checkpoint = self.save(1, with_averages=True)
@@ -154,6 +153,30 @@ class InferenceSaverTest(CheckpointsTestCase):
     self.assertEqual(self.restore(checkpoint, 'auto'), (1.0, False))
     with self.assertRaisesRegex(checkpoints.CheckpointError, 'has no averages of the weights'):
       self.restore(checkpoint, 'yes')
+
+
+  def test_another_shape(self):
+    checkpoint = self.save(1)
+    for resource in (False, True):
+      with tf.Graph().as_default(), tf.Session() as session:
+        slim.model_variable('layer/weights', shape=[2], use_resource=resource)
+        with self.assertRaisesRegex(checkpoints.CheckpointError,
+                                    r'its layer/weights has the shape \[\], not \(2,\) as in'):
+          checkpoints.restore(session, checkpoint)
+
+
+class ConfigTest(CheckpointsTestCase):
+
+  def test_values_that_somebody_edited(self):
+    config = {'class_names': ['a', 'b'], 'image_size': 71, 'depth_multiplier': 1, 'seed': 1}
+    for name, value in [('class_names', []), ('class_names', 'ab'), ('class_names', ['a', 2]),
+                        ('image_size', '71'), ('image_size', 71.0), ('image_size', 50),
+                        ('depth_multiplier', '1'), ('depth_multiplier', 0), ('seed', None)]:
+      with open(os.path.join(self.dir, 'model_config.json'), 'w', encoding='utf-8') as f:
+        json.dump({**config, name: value}, f)
+      with self.assertRaisesRegex(checkpoints.CheckpointError,
+                                  f'model_config.json, .*: {name} cannot be '):
+        checkpoints.load_config(self.prefix)
 
 
 class SameVariablesTest(CheckpointsTestCase):
@@ -185,6 +208,10 @@ class NextImageTest(CheckpointsTestCase):
     with self.assertRaisesRegex(checkpoints.CheckpointError,
                                 'was not written by train_flowers.py, which cannot resume'):
       checkpoints.next_image(self.save(1))
+
+
+  def test_only_the_weights(self):
+    self.assertEqual(checkpoints.global_step(self.save(1)), 0)
 
 
 class TemperatureTest(CheckpointsTestCase):

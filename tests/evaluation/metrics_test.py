@@ -80,6 +80,12 @@ class MetricsTest(tf.test.TestCase):
     self.assertAllEqual(values['confusion_matrix'], found.confusion_matrix)
     self.assertEqual(values['top_5_accuracy'], found.top_5_accuracy)
 
+  def test_no_prediction_is_right(self):
+    found = metrics.compute(np.array([0, 1]), np.eye(2)[[1, 0]], np.array([np.nan, 1]))
+    self.assertEqual(metrics.format_table(found, ['a', 'b']).split()[4:9],
+                     ['a', '0.0000', '0.0000', '0.0000', '1'])
+    self.assertIsNone(metrics.to_dict(found, ['a', 'b'])['loss'])
+
   def test_json_of_many_classes_leaves_zeros_out(self):
     labels, probabilities = np.array([0, 0, 0, 2999]), np.eye(3000)[[0, 0, 7, 2999]]
     text = json.dumps(metrics.to_dict(metrics.compute(labels, probabilities, np.zeros(4)),

@@ -141,11 +141,23 @@ class RestoreTest(FineTuningTestCase):
         ('No checkpoint in /nowhere', ('/nowhere',), {}),
         ('Nothing is left to restore', (self.checkpoint, ('Xception',)), {}),
         ('holds another network: .* variables have other shapes, .* Is --depth_multiplier the same',
-         (self.checkpoint,), {'depth_multiplier': 0.25})]:
+         (self.checkpoint,), {'depth_multiplier': 0.25}),
+        ('holds none of the .*: it has other/weights, the network Xception/block1_conv1/weights',
+         (self.save('other/weights'), (), True), {}),
+        ('in the format of tf.train.Checkpoint: save them with tf.compat.v1.train.Saver',
+         (self.save('_CHECKPOINTABLE_OBJECT_GRAPH'),), {})]:
       with tf.Graph().as_default():
         build(**options)
         with self.assertRaisesRegex(checkpoints.CheckpointError, message):
           fine_tuning.restore(*arguments)
+
+  def save(self, name):
+    """Writes a checkpoint that holds a number under a name; returns its path."""
+    path = os.path.join(self.dir, name.replace('/', '_'))
+    with tf.Graph().as_default(), tf.Session() as session:
+      session.run(tf.raw_ops.SaveV2(prefix=path, tensor_names=[name], shape_and_slices=[''],
+                                    tensors=[tf.constant(1.0)]))
+    return path
 
 
 class TrainableScopesTest(FineTuningTestCase):

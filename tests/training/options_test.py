@@ -73,7 +73,7 @@ class OptionsTest(tf.test.TestCase):
         ('--batch_size', '1.5', 'must be a whole number greater than 0, got 1.5'),
         ('--num_epochs', '-1', 'must be a number greater than 0, got -1'),
         ('--learning_rate', 'nan', 'must be a number greater than 0, got nan'),
-        ('--image_size', '70', 'must be a whole number of 71 or more, got 70'),
+        ('--image_size', '70', 'must be a whole number from 71 to 10000, got 70'),
         ('--dropout_keep_prob', '0', 'must be a number greater than 0 and at most 1, got 0'),
         ('--num_preprocessing_threads', '0', 'must be a whole number greater than 0, or -1, got 0'),
         ('--label_smoothing', '1', 'must be a number of 0 or more and less than 1, got 1'),

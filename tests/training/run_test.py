@@ -149,7 +149,8 @@ class BestTest(RunTestCase):
     """Writes a best checkpoint as training does; `best` is None for the first one."""
     with tf.Graph().as_default(), tf.Session() as session:
       hook = evaluation_hook.EvaluationHook(
-          mock.Mock(), tf.train.create_global_step(), None, self.log_dir, self.config, 1, 10, best)
+          mock.Mock(), tf.train.create_global_step(), None, self.log_dir, self.config, 1, 10,
+          {'global_step': 0, 'num_without_improvement': 0, 'best': best})
       hook.begin()
       session.run(tf.global_variables_initializer())
       tf.train.get_global_step().load(step, session)
@@ -196,6 +197,36 @@ class BestTest(RunTestCase):
     with open(self.metrics_file, encoding='utf-8') as f:
       self.assertEqual(json.load(f)['accuracy'], 0.6)
 
+  def test_a_kill_during_an_evaluation(self):
+    evaluated = ['--eval_every_epochs', '0.01', '--learning_rate_decay_type', 'fixed']
+    options = ['--max_number_of_steps', '3', *evaluated]
+    whole = self.train(*options, log_dir=os.path.join(self.dir, 'whole'))
+    with mock.patch.object(evaluation_hook.EvaluationHook, '_evaluate',
+                           side_effect=KeyboardInterrupt), self.assertRaises(KeyboardInterrupt):
+      self.train('--max_number_of_steps', '1', *evaluated)
+    output = self.train('--max_number_of_steps', '1', *evaluated)
+    output += self.train(*options)
+    output += self.train(*options)  # which finds nothing to do
+    self.assertEqual(*([line for line in lines.splitlines() if line.startswith('validation at')]
+                       for lines in (whole, output)))
+    self.assertEndsWith(output, 'or choose another --log_dir\n')
+    self.assertEqual(self.steps(self.best_dir), self.steps(os.path.join(self.dir, 'whole', 'best')))
+
+  def test_evaluations_without_improvement_are_counted_across_starts(self):
+    scores = iter([0.5, 0.4, 0.4, 0.4, 0.4])
+
+    def score(hook, checkpoint, step):
+      return {'global_step': step, 'accuracy': next(scores), 'loss': None, 'uses_averages': False}
+
+    with mock.patch.object(evaluation_hook.EvaluationHook, '_evaluate', score):
+      output = self.train('--max_number_of_steps', '3', '--eval_every_epochs', '0.01')
+      self.assertIn('validation at step 3: accuracy = 0.4000, loss = inf; best: 0.5000 at step 1',
+                    output)
+      output = self.train('--max_number_of_steps', '9', '--eval_every_epochs', '0.02',
+                          '--early_stop_patience', '4')
+    self.assertIn('no better accuracy than 0.5000 of step 1 in 4 evaluations', output)
+    self.assertEqual(self.steps()[-1], 6)  # after 2 and 3, the steps 4 and 6
+
   def test_damage(self):
     for damage in (lambda: os.remove(self.metrics_file),
                    lambda: open(self.metrics_file, 'w').close(),
@@ -229,7 +260,7 @@ class WeightsThatAreNotFiniteTest(RunTestCase):
                                   'The weights are not finite after step 3 and were not saved'):
         self.train('--max_number_of_steps', '3', *argv)
       self.assertEqual(self.steps(), [0, 2])
-    self.assertFalse(os.path.exists(os.path.join(self.log_dir, 'best')))
+    self.assertEqual(self.steps(os.path.join(self.log_dir, 'best')), [2])
 
   def test_a_folder_that_is_removed(self):
     with tf.Graph().as_default(), tf.Session() as session:
@@ -289,6 +320,14 @@ class LogFolderTest(RunTestCase):
       with self.assertRaisesRegex(error, message):
         self.train(log_dir=log_dir)
     self.assertEqual(os.listdir(self.dir), ['file'])
+    link = os.path.join(self.dir, 'link')
+    os.symlink('nowhere', link)
+    with self.assertRaisesRegex(log_folder.LogFolderError, 'link.: it is a broken link'):
+      self.train(log_dir=link)
+    os.makedirs(self.log_dir)
+    open(os.path.join(self.log_dir, 'eval'), 'w').close()
+    with self.assertRaisesRegex(NotADirectoryError, 'log/eval is not a folder'):
+      self.train('--eval_every_epochs', '1')
     self.assertFalse(os.path.exists('gs:'))
 
 

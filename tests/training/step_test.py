@@ -82,8 +82,9 @@ class SkippedStepsTest(tf.test.TestCase):
           precision.scale_loss(tf.train.GradientDescentOptimizer(0.1)), tf.constant(0.1),
           ['/cpu:0'], tf.train.create_global_step())
       hooks = [
-          evaluation_hook.EvaluationHook(evaluator, step.global_step, saver, folder, None, 1, 3,
-                                         None),
+          evaluation_hook.EvaluationHook(
+              evaluator, step.global_step, saver, folder, None, 1, 3,
+              evaluation_hook.read_record(folder, None, 0)),
           training_hooks.ProgressHook(
               step.global_step, training_step.get_or_create_next_image(), step.loss,
               step.accuracy, 2, 1, plan, 1, writer),
@@ -99,6 +100,16 @@ class SkippedStepsTest(tf.test.TestCase):
 
 
 class ProgressTest(tf.test.TestCase):
+
+  def test_a_reader_that_is_gone(self):
+    hook = training_hooks.ProgressHook(
+        None, None, None, None, 2, 1, mock.Mock(max_steps=9, dataset=mock.Mock(num_samples=10)), 1,
+        mock.Mock())
+    hook._losses, hook._accuracies, hook._interval_start = [0.5], [1.0], 0.0
+    with mock.patch('builtins.print', side_effect=BrokenPipeError), \
+         mock.patch.object(training_hooks, '_discard_output') as discard:
+      hook._report(1, 2)
+    discard.assert_called_once_with(1)
 
   def test_the_time_left_has_more_than_24_hours(self):
     plan = types.SimpleNamespace(start_step=0, max_steps=1001,
