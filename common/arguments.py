@@ -31,19 +31,21 @@ def checked_number(number_type, is_allowed, allowed):
     if value is None or not is_allowed(value):
       kind = 'a whole number' if number_type is int else 'a number'
       raise argparse.ArgumentTypeError(f'must be {kind} {allowed}, got {text}')
-    if value > MAX_NUMBER:
-      raise argparse.ArgumentTypeError(f'must be {MAX_NUMBER:,} or less, got {text}')
+    if number_type is int and value > MAX_INT:
+      raise argparse.ArgumentTypeError(f'must be {MAX_INT:,} or less, got {text}')
     return value
   return parse
 
 
 MAX_IMAGE_SIZE = 10_000  # pixels; a single layer's output has 100 GB there
-MAX_NUMBER = 10**12  # products with it fit into 64 bits and into a float
+MAX_INT = 10**12  # products with it fit into 64 bits
 
 positive_int = checked_number(int, lambda value: value > 0, 'greater than 0')
 non_negative_int = checked_number(int, lambda value: value >= 0, 'of 0 or more')
 positive_float = checked_number(float, lambda value: 0 < value < float('inf'), 'greater than 0')
 non_negative_float = checked_number(float, lambda value: 0 <= value < float('inf'), 'of 0 or more')
+num_epochs = checked_number(float, lambda value: 0 < value <= 1e9,
+                            'greater than 0 and at most 1e9')
 fraction = checked_number(float, lambda value: 0 <= value < 1, 'of 0 or more and less than 1')
 positive_fraction = checked_number(float, lambda value: 0 < value <= 1,
                                    'greater than 0 and at most 1')

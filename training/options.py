@@ -79,7 +79,7 @@ def _add_optimization_options(group):
                      help='sets the defaults of many options, which are printed when training '
                      'starts; photographs is for some thousand images of your own, imagenet and '
                      "jft are the paper's")
-  group.add_argument('--num_epochs', type=arguments.positive_float, default=40.0,
+  group.add_argument('--num_epochs', type=arguments.num_epochs, default=40.0,
                      help='number of passes over the training images')
   group.add_argument('--max_number_of_steps', type=arguments.positive_int,
                      help='stops at this step if --num_epochs would end later')
@@ -172,7 +172,7 @@ def _add_run_options(group):
                      '(default: none)')
   group.add_argument('--profile_steps', type=arguments.positive_int, nargs='+', metavar='STEP',
                      help='writes a trace of these steps (default: none)')
-  group.add_argument('--eval_every_epochs', type=arguments.positive_float,
+  group.add_argument('--eval_every_epochs', type=arguments.num_epochs,
                      help='epochs between two evaluations on the validation split; the best '
                      'checkpoint is kept in LOG_DIR/best (default: none)')
   group.add_argument('--early_stop_patience', type=arguments.positive_int, metavar='N',

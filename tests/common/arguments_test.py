@@ -45,7 +45,10 @@ class ValuesTest(tf.test.TestCase):
       self.assertEndsWith(self.parse(f'--{name}', ''), 'must be a path, got nothing')
 
   def test_numbers_that_are_too_large(self):
-    for name in ('seed', 'batch_size', 'num_epochs', 'eval_every_epochs'):
+    for name in ('num_epochs', 'eval_every_epochs'):
+      self.assertEndsWith(self.parse(f'--{name}', '1e308'),
+                          'must be a number greater than 0 and at most 1e9, got 1e308')
+    for name in ('seed', 'batch_size'):
       self.assertEndsWith(self.parse(f'--{name}', '99999999999999999999'),
                           'must be 1,000,000,000,000 or less, got 99999999999999999999')
     self.assertEndsWith(self.parse('--image_size', '99999'),

@@ -71,7 +71,7 @@ class OptionsTest(tf.test.TestCase):
     for option, value, message in [
         ('--batch_size', '0', 'must be a whole number greater than 0, got 0'),
         ('--batch_size', '1.5', 'must be a whole number greater than 0, got 1.5'),
-        ('--num_epochs', '-1', 'must be a number greater than 0, got -1'),
+        ('--num_epochs', '-1', 'must be a number greater than 0 and at most 1e9, got -1'),
         ('--learning_rate', 'nan', 'must be a number greater than 0, got nan'),
         ('--image_size', '70', 'must be a whole number from 71 to 10000, got 70'),
         ('--dropout_keep_prob', '0', 'must be a number greater than 0 and at most 1, got 0'),
