@@ -180,7 +180,10 @@ def _classify_batch(model, batch, top_k):
   for (name, _), error in zip(batch, errors):
     if error is None:
       image, probabilities = next(outputs)
-      yield Result(name, _top_predictions(probabilities, model.class_names, top_k), None, image)
+      if np.isnan(probabilities).any():
+        yield Result(name, [], 'the model predicts NaN: its weights may have diverged in training')
+      else:
+        yield Result(name, _top_predictions(probabilities, model.class_names, top_k), None, image)
     elif isinstance(error, image_files.ImageError):
       yield Result(name, [], str(error))
     else:

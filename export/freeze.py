@@ -265,6 +265,9 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
   folder = os.path.dirname(next(iter(paths.values()))) or '.'
   other_files = read_other_files(folder, paths)
   graph_def, predict, weights = freeze(checkpoint, config, use_averages, use_temperature)
+  # Training may delete the checkpoint while the files are written and compared.
+  origin = _describe_origin(checkpoint, config, weights, fold, precision, paths)
+  metrics = find_metrics(checkpoint, weights['averaged_weights'], config.image_size)
   if fold:
     graph_def = folding.fold(graph_def, models.OUTPUT_NODE)
   if precision == 'bfloat16':
@@ -275,7 +278,6 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
     drafts = write_drafts(graph_def, config.class_names, paths, temporary, settings)
     comparisons = comparison.verify(
         drafts, images, predict, precision, max_accuracy_loss) if images else {}
-    origin = _describe_origin(checkpoint, config, weights, fold, precision, paths)
     description = {
         'input_range': [-1, 1],
         'preprocessing': f'central {xception_preprocessing.CENTRAL_FRACTION} of each side, '
@@ -284,7 +286,7 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
         'class_names': config.class_names,
         **origin,
         'files': _describe_files(drafts, comparisons, origin) + other_files,
-        'metrics': find_metrics(checkpoint, weights['averaged_weights'], config.image_size),
+        'metrics': metrics,
     }
     with open(os.path.join(temporary, models.MODEL_FILE), 'w', encoding='utf-8') as f:
       json.dump(description, f, indent=2, ensure_ascii=False)

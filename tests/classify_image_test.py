@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 
+import numpy as np
 from PIL import Image
 import tensorflow.compat.v1 as tf
 
@@ -152,6 +153,17 @@ class ClassifyImageTest(tf.test.TestCase):
           self.assertIn(message, result.error)
         else:
           self.assertIsNone(result.error)
+
+  def test_images_for_which_the_model_predicts_nan(self):
+    for name, content in zip('ab', drawn_flowers(2)):
+      (self.dir / name).write_bytes(content)
+    model = models.FrozenModel(list('cde'), 71, {}, lambda batch: np.float32(
+        [[0.2, np.nan, 0.5], [0.2, 0.3, 0.5]]))
+    first, second = classify_image.classify(
+        model, [str(self.dir / name) for name in 'ab'], batch_size=2, top_k=1)
+    self.assertEqual((first.predictions, first.error),
+                     ([], 'the model predicts NaN: its weights may have diverged in training'))
+    self.assertEqual((second.predictions[0]['name'], second.error), ('e', None))
 
   def run_script(self, *options, model=None, **kwargs):
     model = model or ['--graph', self.pb]

@@ -1,6 +1,7 @@
 """Tests of write_pb.py: what it writes, what it compares, and what it refuses."""
 
 import contextlib
+import glob
 import hashlib
 import importlib.util
 import io
@@ -269,6 +270,25 @@ class WritePbTest(tf.test.TestCase):
       with self.assertRaisesRegex(checkpoints.CheckpointError, 'ckpt-7 cannot be read'):
         self.write(log_dir=log_dir)
 
+  def test_checkpoint_that_training_deletes_meanwhile(self):
+    with tempfile.TemporaryDirectory() as log_dir:
+      checkpoint = small_model.write_checkpoint(log_dir)
+      metrics = {'accuracy': 0.5, 'checkpoint_sha256': files.sha256(f'{checkpoint}.index'),
+                 'uses_averages': False, 'image_size': 71}
+      with open(os.path.join(log_dir, 'metrics.json'), 'w') as f:
+        json.dump(metrics, f)
+
+      def delete(*_):
+        for path in glob.glob(f'{checkpoint}.*'):
+          os.remove(path)
+        return {}
+
+      with mock.patch.object(comparison, 'verify', delete):
+        self.write(log_dir=log_dir)
+    self.assertCountEqual(os.listdir(self.dir), ['model.pb', 'labels.txt', 'model.json'])
+    self.assertEqual((self.model_file()['global_step'], self.model_file()['metrics']),
+                     (small_model.GLOBAL_STEP, metrics))
+
   def test_without_a_dataset(self):
     folder = os.getcwd()
     os.chdir(self.dir)
@@ -299,6 +319,15 @@ class WritePbTest(tf.test.TestCase):
       self.assertEqual(sorted(os.listdir(self.dir)), before)
       with open(self.pb) as f:
         self.assertStartsWith(f.read(), '0:daisy')
+
+  def test_checkpoint_that_predicts_nan(self):
+    def predict_nan(batch):
+      return np.full([len(batch), 5], np.nan)
+
+    images = comparison.find_images(71, DATASET_DIR)
+    with self.assertRaisesRegex(comparison.ComparisonError,
+                                'Nothing was written, because the checkpoint itself predicts NaN'):
+      comparison.verify({'pb': 'none.pb'}, images, predict_nan, 'float32')
 
   def test_a_saved_model_is_replaced_and_nothing_else(self):
     self.write('--noverify', '--formats', 'saved_model')
