@@ -22,11 +22,13 @@ import argparse
 import codecs
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import glob
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
 
@@ -196,11 +198,25 @@ def _top_predictions(probabilities, class_names, top_k):
            'probability': float(probabilities[label])} for label in labels]
 
 
+@contextlib.contextmanager
+def hold_back_interrupts():
+  """Lets Ctrl-C take effect at the end of a block: callbacks of Matplotlib would swallow it."""
+  received = []
+  handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, handler)
+  if received:
+    signal.raise_signal(signal.SIGINT)
+
+
 def explain(model, result, path):
   """Writes the picture that explains a Result to `path`; returns the Result with the path."""
   shown = result.predictions[:MAX_EXPLAINED]
-  model.write_picture(path, result.image, [prediction['label'] for prediction in shown],
-                      [prediction['probability'] for prediction in shown])
+  with hold_back_interrupts():
+    model.write_picture(path, result.image, [prediction['label'] for prediction in shown],
+                        [prediction['probability'] for prediction in shown])
   return result._replace(picture=path)
 
 
@@ -330,3 +346,5 @@ if __name__ == '__main__':
   except tf.errors.ResourceExhaustedError as error:
     sys.exit('classify_image.py: out of memory '
              f'({errors.reason(error)}): use a smaller --batch_size')
+  except KeyboardInterrupt:
+    sys.exit('classify_image.py: interrupted')

@@ -6,10 +6,13 @@ import io
 import json
 import os
 import pathlib
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -233,6 +236,28 @@ class ClassifyImageTest(tf.test.TestCase):
                     ['--log_dir', 'log', '--precision', 'bfloat16']):
       with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
         classify_image.parse_args(['a.jpg', *options])
+
+  def test_ctrl_c_while_a_picture_is_drawn(self):
+    self.addCleanup(signal.signal, signal.SIGINT,
+                    signal.signal(signal.SIGINT, signal.default_int_handler))
+    model = mock.Mock()
+
+    def draw(*_):
+      signal.raise_signal(signal.SIGINT)
+      model.write_rest()
+
+    model.write_picture.side_effect = draw
+    with self.assertRaises(KeyboardInterrupt):
+      classify_image.explain(model, classify_image.Result('a.jpg', [], None), 'a.png')
+    model.write_rest.assert_called_once()
+    self.assertEqual(signal.getsignal(signal.SIGINT), signal.default_int_handler)
+
+  def test_interrupted(self):
+    argv = ['classify_image.py', '--graph', self.pb, 'a.jpg']
+    with mock.patch.object(sys, 'argv', argv), \
+         mock.patch.object(models, 'load', side_effect=KeyboardInterrupt), \
+         self.assertRaisesRegex(SystemExit, '^classify_image.py: interrupted$'):
+      runpy.run_path(os.path.join(PROJECT, argv[0]), run_name='__main__')
 
   def test_explanations(self):
     first, second = drawn_flowers(2)

@@ -8,12 +8,17 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
+import signal
+import sys
 import tempfile
+import time
 from unittest import mock
 
 import numpy as np
 from scipy import special
+from tensorflow.compat import v2 as tf2
 import tensorflow.compat.v1 as tf
 
 from common import checkpoints
@@ -24,6 +29,7 @@ from export import freeze
 from export import models
 from records import flowers
 from scripts import DATASET_DIR
+from scripts import PROJECT
 import small_model
 import write_pb
 
@@ -63,6 +69,20 @@ class WritePbTest(tf.test.TestCase):
           '--log_dir', log_dir or self.log_dir, '--output_file', self.pb,
           '--dataset_dir', DATASET_DIR, *options]))
     return output.getvalue()
+
+  def run_script(self, *options):
+    """Runs the script as __main__; returns the message that it ends with."""
+    argv = ['write_pb.py', '--log_dir', self.log_dir, '--output_file', self.pb,
+            '--dataset_dir', DATASET_DIR, *options]
+    # The tests may run under nohup or in the background, where these are ignored.
+    for number, handler in [(signal.SIGINT, signal.default_int_handler),
+                            (signal.SIGTERM, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_DFL)]:
+      self.addCleanup(signal.signal, number, signal.signal(number, handler))
+    with mock.patch.object(sys, 'argv', argv), \
+         contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), \
+         self.assertRaises(SystemExit) as end:
+      runpy.run_path(os.path.join(PROJECT, argv[0]), run_name='__main__')
+    return end.exception.code
 
   def model_file(self):
     with open(os.path.join(self.dir, 'model.json'), encoding='utf-8') as f:
@@ -288,6 +308,21 @@ class WritePbTest(tf.test.TestCase):
     self.assertCountEqual(os.listdir(self.dir), ['model.pb', 'labels.txt', 'model.json'])
     self.assertEqual((self.model_file()['global_step'], self.model_file()['metrics']),
                      (small_model.GLOBAL_STEP, metrics))
+
+  def test_interrupted_and_failing_runs_leave_nothing(self):
+    def stop(number):
+      signal.raise_signal(number)
+      time.sleep(10)  # which the signal ends
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+      with mock.patch.object(comparison, 'verify', lambda *_, number=number: stop(number)):
+        self.assertEqual(self.run_script(), 'write_pb.py: interrupted; nothing was written')
+      self.assertEmpty(os.listdir(self.dir))
+    full = tf.errors.ResourceExhaustedError(None, None, '/x; No space left on device')
+    with mock.patch.object(tf2.saved_model, 'save', side_effect=full):
+      self.assertEqual(self.run_script('--formats', 'saved_model'),
+                       'write_pb.py: nothing was written: /x; No space left on device')
+    self.assertEmpty(os.listdir(self.dir))
 
   def test_without_a_dataset(self):
     folder = os.getcwd()
