@@ -31,6 +31,19 @@ SAVED_MODEL_FILE = 'saved_model.pb'  # in the folder of a SavedModel
 
 PRECISIONS = ('float32', 'bfloat16')
 
+MAX_IMAGE_SIZE = 10_000
+# What model.json may say under some of its keys: {key: (predicate, description)}.
+MODEL_FILE_TYPES = {
+    'image_size': (lambda value: type(value) is int and 0 < value <= MAX_IMAGE_SIZE,
+                   f'a whole number from 1 to {MAX_IMAGE_SIZE}'),
+    'global_step': (lambda value: type(value) is int and value >= 0,
+                    'a whole number of 0 or more'),
+    'class_names': (lambda value: isinstance(value, list)
+                    and all(isinstance(name, str) for name in value), 'a list of texts'),
+    'file': (lambda value: isinstance(value, str), 'a text'),
+    'sha256': (lambda value: isinstance(value, str), 'a text'),
+}
+
 # Rows of 8-bit probabilities sum to 1 only roughly; logits do not at all.
 MAX_SUM_ERROR = 0.1
 
@@ -138,17 +151,21 @@ def num_bytes(path):
 
 def _read_model_file(path):
   """Returns the content of the model.json in a model's folder, or {'files': []} without one."""
+  model_file = os.path.join(os.path.dirname(os.path.abspath(path)), MODEL_FILE)
   try:
-    with open(os.path.join(os.path.dirname(os.path.abspath(path)), MODEL_FILE),
-              encoding='utf-8') as f:
+    with open(model_file, encoding='utf-8') as f:
       content = json.load(f)
     if not all(isinstance(file, dict) for file in content['files']):
       raise ValueError(f'expected a list of objects as files, got {content["files"]!r}')
-    return content
   except FileNotFoundError:
     return {'files': []}
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ModelError(f'Cannot read the {MODEL_FILE} of {path}: {error!r}') from error
+  for entries in (content, *content['files']):
+    for key, (is_valid, expected) in MODEL_FILE_TYPES.items():
+      if key in entries and not is_valid(entries[key]):
+        raise ModelError(f'{model_file}: {key} must be {expected}, got {entries[key]!r:.100}')
+  return content
 
 
 def _check_sums(path, entries):

@@ -103,6 +103,25 @@ class PbTest(ForeignModelTest):
     os.remove(os.path.join(self.dir, 'labels.txt'))
     self.check(path)
 
+  def test_wrong_values_in_model_json(self):
+    path = self.write_graph(shape=(None, None, None, 3))
+    size = 'image_size must be a whole number from 1 to 10000'
+    names = 'class_names must be a list of texts'
+    for content, message in [
+        ({'image_size': '75'}, f"{size}, got '75'"), ({'image_size': 75.0}, f'{size}, got 75.0'),
+        ({'image_size': [75]}, f'{size}, got [75]'), ({'image_size': 0}, f'{size}, got 0'),
+        ({'image_size': 10001}, f'{size}, got 10001'), ({'image_size': True}, f'{size}, got True'),
+        ({'class_names': {'0': 'a'}}, f"{names}, got {{'0': 'a'}}"),
+        ({'class_names': 5}, f'{names}, got 5'), ({'class_names': [1, 2]}, f'{names}, got [1, 2]'),
+        ({'global_step': 'x'}, "global_step must be a whole number of 0 or more, got 'x'"),
+        ({'files': [{'file': ['x']}]}, "file must be a text, got ['x']"),
+        ({'files': [{'image_size': None}]}, f'{size}, got None')]:
+      with open(os.path.join(self.dir, 'model.json'), 'w') as f:
+        json.dump({'image_size': SIZE, 'files': [], **content}, f)
+      with self.assertRaises(models.ModelError) as error:
+        models.load(path)
+      self.assertEqual(str(error.exception), f'{self.dir}/model.json: {message}')
+
   def test_refused_models(self):
     for path, message in [
         (lambda: self.write_graph(more=lambda: tf.placeholder(tf.bool, name='is_training')),
