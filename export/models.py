@@ -196,7 +196,7 @@ def _input_layout(path, port, description):
   """Returns the image size, None for encoded images, and whether channels come first."""
   if port.dtype == object:
     return None, False
-  shape = port.shape or [None] * 4
+  shape = [None] * 4 if port.shape is None else port.shape
   expected = f'{path}: its input {port.name} has the shape {shape}'
   if len(shape) != 4:
     raise ModelError(f'{expected}, expected [n, size, size, 3] or [n, 3, size, size]')
@@ -214,7 +214,7 @@ def _input_layout(path, port, description):
 
 def _num_classes(path, port):
   """Returns the number of classes, None if the file does not tell."""
-  shape = port.shape or [None, None]
+  shape = [None, None] if port.shape is None else port.shape
   sizes = [size for size in shape[1:] if size != 1]  # such as [n, 1, 1, num_classes]
   if len(sizes) != 1:
     raise ModelError(f'{path}: its output {port.name} has the shape {shape}, expected '
@@ -249,6 +249,10 @@ def _runner(path, network, is_channels_first, num_classes):
     except Exception as error:  # pylint: disable=broad-except
       # Each runtime has exceptions of its own.
       raise ModelError(f'{path} does not run: {errors.reason(error)}') from error
+    num_images = len(part) + len(padding)
+    if np.shape(output)[:1] != (num_images,):
+      raise ModelError(f'{path} returns an array of shape {np.shape(output)} for {num_images} '
+                       'images, expected [n, num_classes]')
     return output[:len(part)]
 
   def run(batch):

@@ -111,9 +111,14 @@ def _open_pb(path, session):
                      'with write_pb.py')
   consumed = {tensor.lstrip('^').partition(':')[0]
               for node in graph_def.node for tensor in node.input}
+
+  def is_output(node):
+    is_last = node.name not in consumed and node.op != 'Const'
+    return (is_last or node.name == OUTPUT_NODE) and (
+        session.graph.get_operation_by_name(node.name).outputs)
+
   inputs = [node.name for node in graph_def.node if node.op.startswith('Placeholder')]
-  outputs = [node.name for node in graph_def.node
-             if node.name not in consumed and node.op not in ('Const', 'NoOp', 'Assert')]
+  outputs = [node.name for node in graph_def.node if is_output(node)]
   tensors = [session.graph.get_tensor_by_name(f'{name}:0') for name in (
       _choose(path, 'input', inputs, INPUT_NODE), _choose(path, 'output', outputs, OUTPUT_NODE))]
   return _tensorflow_network(session, *tensors)

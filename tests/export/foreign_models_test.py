@@ -80,6 +80,9 @@ class PbTest(ForeignModelTest):
     self.check(self.write_graph(
         lambda logits: tf.nn.softmax(logits, name='output'), name='input',
         more=lambda: [tf.placeholder(tf.bool, name='is_training'), tf.constant(1.0) + 1.0]))
+    for consume in (lambda output: tf.argmax(output, 1), lambda output: tf.nn.top_k(output, 2)):
+      self.check(self.write_graph(
+          lambda logits, consume=consume: consume(tf.nn.softmax(logits, name='output'))))
 
   def test_layouts_and_types(self):
     self.check(self.write_graph(shape=(None, 3, SIZE, SIZE)))
@@ -133,9 +136,20 @@ class PbTest(ForeignModelTest):
         (lambda: self.write_graph(shape=(None, SIZE, SIZE, 1)),
          r'the shape \[None, 75, 75, 1\], expected square images of 3 channels'),
         (lambda: self.write_graph(lambda logits: tf.nn.softmax(logits)[:, :3]), 'has 3'),
+        (lambda: self.write_graph(lambda logits: tf.reduce_mean(logits, name='loss')),
+         r'its output loss:0 has the shape \[\], expected \[n, num_classes\]'),
+        (lambda: self.write_graph(lambda logits: tf.io.write_file('x', tf.as_string(logits[0, 0]))),
+         'has no output: one must be named output'),
         (lambda: self.write_graph(more=lambda: tf.Variable(1.0)), 'has variables')]:
       with self.assertRaisesRegex(models.ModelError, message):
         models.load(path())
+    for reduce, shape in [(lambda logits: tf.reduce_mean(logits), r'\(\)'),
+                          (lambda logits: tf.nn.softmax(logits)[:1], r'\(1, 5\)')]:
+      model = models.load(self.write_graph(
+          lambda logits, reduce=reduce: tf.placeholder_with_default(reduce(logits), None),
+          name='input'))
+      with self.assertRaisesRegex(models.ModelError, f'returns an array of shape {shape} for 5 im'):
+        model.predict(self.images)
     model = models.load(self.write_graph(tf.identity))
     with self.assertRaisesRegex(models.ModelError, 'must end with a softmax'):
       model.predict(self.images)
