@@ -251,8 +251,8 @@ def _runner(path, network, is_channels_first, num_classes):
       raise ModelError(f'{path} does not run: {errors.reason(error)}') from error
     num_images = len(part) + len(padding)
     if np.shape(output)[:1] != (num_images,):
-      raise ModelError(f'{path} returns an array of shape {np.shape(output)} for {num_images} '
-                       'images, expected [n, num_classes]')
+      raise ModelError(f'{path} returns an array of shape {np.shape(output)} for a batch of '
+                       f'{num_images}, expected [n, num_classes]')
     return output[:len(part)]
 
   def run(batch):

@@ -386,6 +386,14 @@ class WritePbTest(tf.test.TestCase):
     for name in ('model.tflite', 'labels.txt', '', f'{self.dir}/', 'model', 'saved_model.pb'):
       with self.assertRaisesRegex(freeze.FreezeError, f"must be .* a .pb file .* got '{name}'"):
         self.write('--output_file', name)
+    with self.assertRaisesRegex(freeze.FreezeError, r"must be UTF-8, got 'a\\udcff.pb'"):
+      self.write('--output_file', os.fsdecode(b'a\xff.pb'))
+    with self.assertRaisesRegex(
+        freeze.FreezeError, r'\[a\]\*_saved_model contains \* \[, which TensorFlow reads as a'):
+      self.write('--output_file', f'{self.dir}/[a]*.pb', '--formats', 'saved_model')
+    os.symlink('none', f'{self.dir}/model_saved_model')
+    with self.assertRaisesRegex(freeze.FreezeError, '_saved_model exists and is not a SavedModel'):
+      self.write('--formats', 'saved_model')
     with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as errors:
       self.write('--formats', 'pb,caffe')
     self.assertIn('must be among pb,saved_model,', errors.getvalue())

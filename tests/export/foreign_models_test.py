@@ -148,7 +148,7 @@ class PbTest(ForeignModelTest):
       model = models.load(self.write_graph(
           lambda logits, reduce=reduce: tf.placeholder_with_default(reduce(logits), None),
           name='input'))
-      with self.assertRaisesRegex(models.ModelError, f'returns an array of shape {shape} for 5 im'):
+      with self.assertRaisesRegex(models.ModelError, f'an array of shape {shape} for a batch of 5'):
         model.predict(self.images)
     model = models.load(self.write_graph(tf.identity))
     with self.assertRaisesRegex(models.ModelError, 'must end with a softmax'):
