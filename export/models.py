@@ -224,17 +224,19 @@ def _num_classes(path, port):
 
 def _class_names(path, description, num_classes):
   """Returns the names in labels.txt in the model's folder, or else those in model.json."""
-  labels_file = os.path.join(os.path.dirname(os.path.abspath(path)), flowers.LABELS_FILE)
-  class_names = description.get('class_names')
-  if os.path.exists(labels_file) or not class_names:
+  folder = os.path.dirname(os.path.abspath(path))
+  source, class_names = os.path.join(folder, MODEL_FILE), description.get('class_names')
+  labels_file = os.path.join(folder, flowers.LABELS_FILE)
+  if os.path.exists(labels_file):
     try:
-      class_names = flowers.read_labels_file(labels_file)
+      source, class_names = labels_file, flowers.read_labels_file(labels_file)
     except flowers.DatasetError as error:
-      raise ModelError(f'{path} has {num_classes or "unnamed"} classes, and no {labels_file} '
-                       f'that names them: {error}') from error
+      raise ModelError(f'No class names of {path}: {error}') from error
+  elif not class_names:
+    raise ModelError(f'{path} has {num_classes or "unnamed"} classes, and no {labels_file} that '
+                     'names them, with a line like 0:daisy for each class')
   if num_classes not in (None, len(class_names)):
-    raise ModelError(f'{labels_file} names {len(class_names)} classes, but {path} has '
-                     f'{num_classes}')
+    raise ModelError(f'{source} names {len(class_names)} classes, but {path} has {num_classes}')
   return class_names
 
 

@@ -119,7 +119,17 @@ class FrozenModelsTest(tf.test.TestCase):
         models.load(path)
       with open(os.path.join(folder, 'labels.txt'), 'w') as f:
         f.write('0:cat\n1:dog\n')
-      with self.assertRaisesRegex(models.ModelError, 'names 2 classes, but .* has 5'):
+      with self.assertRaisesRegex(models.ModelError, 'labels.txt names 2 classes, but .* has 5'):
+        models.load(path)
+      with open(os.path.join(folder, 'labels.txt'), 'w') as f:
+        f.write('cat\ndog\n')
+      with self.assertRaisesRegex(
+          models.ModelError, 'of .*model.pb: .*labels.txt, line 1: expected id:name like 0:daisy'):
+        models.load(path)
+      os.remove(os.path.join(folder, 'labels.txt'))
+      with open(os.path.join(folder, 'model.json'), 'w') as f:
+        json.dump({'class_names': ['cat', 'dog'], 'files': []}, f)
+      with self.assertRaisesRegex(models.ModelError, 'model.json names 2 classes, but .* has 5'):
         models.load(path)
 
   def test_a_missing_runtime(self):
