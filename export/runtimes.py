@@ -138,8 +138,17 @@ def _open_saved_model(path, session):
                      f'{error}') from error
   infos = (signature.inputs[_choose(path, 'input', list(signature.inputs), IMAGES)],
            signature.outputs[_choose(path, 'output', list(signature.outputs), PROBABILITIES)])
-  return _tensorflow_network(
+  network = _tensorflow_network(
       session, *(session.graph.get_tensor_by_name(info.name) for info in infos))
+
+  def run(batch):
+    try:
+      return network.run(batch)
+    except tf.errors.FailedPreconditionError as error:
+      raise ModelError('its variables have no values: save a Keras model with '
+                       'model.export(folder), not with tf.saved_model.save') from error
+
+  return network._replace(run=run)
 
 
 def _tensorflow_network(session, images, output):

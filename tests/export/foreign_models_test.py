@@ -163,6 +163,17 @@ class PbTest(ForeignModelTest):
     self.check(path)
     self.check(os.path.join(path, 'saved_model.pb'))
 
+  def test_a_saved_model_without_the_values_of_its_variables(self):
+    path = os.path.join(self.dir, 'keras')
+    with tf.Graph().as_default(), tf.Session() as session:
+      images = tf.placeholder(tf.float32, [None, SIZE, SIZE, 3])
+      scale = tf.Variable(1.0, collections=['not_saved'])
+      tf.saved_model.simple_save(session, path, {'images': images},
+                                 {'scores': tf.nn.softmax(build(images) * scale)})
+    with self.assertRaisesRegex(
+        models.ModelError, 'keras does not run: its variables have no values: .* model.export'):
+      models.load(path).predict(self.images)
+
   def test_signatures_of_a_saved_model(self):
     def save(folder, images_key, output_key, signature='serving_default'):
       path = os.path.join(self.dir, folder)
