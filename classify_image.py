@@ -109,6 +109,8 @@ def read_file(name):
     image_files.ImageError: it cannot be read, or has more than MAX_FILE_BYTES.
   """
   try:
+    if name == STANDARD_INPUT and sys.stdin is None:
+      raise image_files.ImageError('standard input is closed')
     if name == STANDARD_INPUT:
       content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
     elif os.path.isdir(name):
@@ -305,6 +307,8 @@ def parse_args(argv=None):
 
 def main(args):
   """Classifies the files on the command line; returns the exit code."""
+  if sys.stdout is None:
+    raise OSError('standard output is closed')
   files = find_files(args.images)
   paths = itertools.repeat(None)
   if args.explain is not None:

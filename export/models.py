@@ -17,6 +17,7 @@ import slim_bridge  # noqa: F401, before TensorFlow: see there
 import numpy as np
 import tensorflow.compat.v1 as tf
 
+from common import checkpoints
 from common import errors
 from common import files
 from export import runtimes
@@ -124,6 +125,7 @@ def load(path, precision='float32', use_gpu=True):
   """
   if os.path.basename(path) == SAVED_MODEL_FILE:
     path = os.path.dirname(os.path.abspath(path))
+  _refuse_other_files(path)
   if not os.path.exists(path):
     raise ModelError(f'There is no model {path}: write_pb.py writes one')
   content = _read_model_file(path)
@@ -147,6 +149,18 @@ def files_below(path):
 def num_bytes(path):
   """Returns the total size of a model's files in bytes."""
   return sum(os.path.getsize(file) for file in files_below(path))
+
+
+def _refuse_other_files(path):
+  """Raises a ModelError if a path is of a checkpoint or a Keras file, and names the script."""
+  prefix = checkpoints.FILE_SUFFIX.sub('', path)
+  is_log_dir = os.path.exists(os.path.join(path, 'checkpoint')) and (
+      not os.path.exists(os.path.join(path, SAVED_MODEL_FILE)))
+  if is_log_dir or os.path.exists(f'{prefix}.index'):
+    raise ModelError(f'{path} is a checkpoint, not a frozen model: freeze it with write_pb.py, or '
+                     'give it as --log_dir or --checkpoint_path instead of --graph')
+  if os.path.isfile(path) and path.lower().endswith(('.h5', '.keras')):
+    raise ModelError(f'{path} is a Keras file: convert it with convert_keras_weights.py')
 
 
 def _read_model_file(path):

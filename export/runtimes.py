@@ -22,6 +22,8 @@ import tensorflow.compat.v1 as tf
 from tensorflow.core.protobuf import rewriter_config_pb2
 from tensorflow.lite.python import schema_py_generated
 
+from common import errors
+
 # Names of graph nodes and of SavedModel inputs and outputs.
 INPUT_NODE = 'input'
 OUTPUT_NODE = 'output'
@@ -100,11 +102,14 @@ def _open_pb(path, session):
   graph_def = tf.GraphDef()
   try:
     with open(path, 'rb') as f:
-      graph_def.ParseFromString(f.read())
+      content = f.read()
+    if not content:
+      raise ModelError(f'{path} is empty')
+    graph_def.ParseFromString(content)
     with session.graph.as_default():
       tf.import_graph_def(graph_def, name='')
   except (message.DecodeError, ValueError, OSError, tf.errors.OpError) as error:
-    raise ModelError(f'{path} is not a frozen graph: {error}') from error
+    raise ModelError(f'{path} is not a frozen graph: {errors.reason(error)}') from error
   variables = [node.name for node in graph_def.node if node.op in VARIABLE_OPS]
   if variables:
     raise ModelError(f'{path} has variables without values, such as {variables[0]}: freeze it '
@@ -135,7 +140,7 @@ def _open_saved_model(path, session):
     signature = signatures[key]
   except (OSError, RuntimeError, ValueError, tf.errors.OpError) as error:
     raise ModelError(f'{path} is not a SavedModel with a signature serving_default: '
-                     f'{error}') from error
+                     f'{errors.reason(error)}') from error
   infos = (signature.inputs[_choose(path, 'input', list(signature.inputs), IMAGES)],
            signature.outputs[_choose(path, 'output', list(signature.outputs), PROBABILITIES)])
   network = _tensorflow_network(

@@ -227,6 +227,14 @@ class ClassifyImageTest(tf.test.TestCase):
     self.assertIn(b'classify_image.py: There is no model none.pb', result.stderr)
     self.assertNotIn(b'Traceback', result.stderr)
 
+  def test_closed_input_and_output(self):
+    with mock.patch.object(sys, 'stdin', None):
+      with self.assertRaisesRegex(image_files.ImageError, 'standard input is closed'):
+        classify_image.read_file('-')
+    with mock.patch.object(sys, 'stdout', None):
+      with self.assertRaisesRegex(OSError, 'standard output is closed'):
+        classify_image.main(classify_image.parse_args(['a.jpg', '--graph', self.pb]))
+
   def test_options_that_exclude_each_other(self):
     for options in ([], ['--graph', 'a.pb', '--log_dir', 'log'],
                     ['--graph', 'a.pb', '--explain', 'out'],

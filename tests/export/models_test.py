@@ -74,7 +74,7 @@ class FrozenModelsTest(tf.test.TestCase):
     os.makedirs(empty, exist_ok=True)
     with self.assertRaisesRegex(models.ModelError, 'empty is not a SavedModel'):
       models.load(empty)
-    for suffix, message in [('.pb', 'not a frozen graph|has no input'),
+    for suffix, message in [('.pb', 'is empty|not a frozen graph|has no input'),
                             ('.tflite', 'not a TFLite model')]:
       with open(self.paths['pb' if suffix == '.pb' else 'tflite'], 'rb') as f:
         content = f.read()
@@ -84,6 +84,25 @@ class FrozenModelsTest(tf.test.TestCase):
           f.write(damaged)
         with self.assertRaisesRegex(models.ModelError, message):
           models.load(path)
+
+  def test_an_empty_file(self):
+    path = os.path.join(self.dir, 'empty.pb')
+    with open(path, 'wb'):
+      pass
+    with self.assertRaisesRegex(models.ModelError, 'empty.pb is empty$'):
+      models.load(path)
+
+  def test_files_that_other_scripts_take(self):
+    checkpoint = os.path.join(self.dir, f'model.ckpt-{small_model.GLOBAL_STEP}')
+    for path in (checkpoint, f'{checkpoint}.index', self.dir):
+      with self.assertRaisesRegex(models.ModelError, f'{path} is a checkpoint.*write_pb.py, or '
+                                  'give it as --log_dir or --checkpoint_path'):
+        models.load(path)
+    for suffix in ('.keras', '.h5'):
+      path = os.path.join(self.dir, f'model{suffix}')
+      with open(path, 'wb'), self.assertRaisesRegex(
+          models.ModelError, f'{path} is a Keras file: convert it with convert_keras_weights.py'):
+        models.load(path)
 
   def test_checksums(self):
     with tempfile.TemporaryDirectory() as folder:
