@@ -22,11 +22,13 @@ import argparse
 import codecs
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import glob
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
 
@@ -107,6 +109,8 @@ def read_file(name):
     image_files.ImageError: it cannot be read, or has more than MAX_FILE_BYTES.
   """
   try:
+    if name == STANDARD_INPUT and sys.stdin is None:
+      raise image_files.ImageError('standard input is closed')
     if name == STANDARD_INPUT:
       content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
     elif os.path.isdir(name):
@@ -180,7 +184,10 @@ def _classify_batch(model, batch, top_k):
   for (name, _), error in zip(batch, errors):
     if error is None:
       image, probabilities = next(outputs)
-      yield Result(name, _top_predictions(probabilities, model.class_names, top_k), None, image)
+      if np.isnan(probabilities).any():
+        yield Result(name, [], 'the model predicts NaN: its weights may have diverged in training')
+      else:
+        yield Result(name, _top_predictions(probabilities, model.class_names, top_k), None, image)
     elif isinstance(error, image_files.ImageError):
       yield Result(name, [], str(error))
     else:
@@ -193,11 +200,25 @@ def _top_predictions(probabilities, class_names, top_k):
            'probability': float(probabilities[label])} for label in labels]
 
 
+@contextlib.contextmanager
+def hold_back_interrupts():
+  """Lets Ctrl-C take effect at the end of a block: callbacks of Matplotlib would swallow it."""
+  received = []
+  handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, handler)
+  if received:
+    signal.raise_signal(signal.SIGINT)
+
+
 def explain(model, result, path):
   """Writes the picture that explains a Result to `path`; returns the Result with the path."""
   shown = result.predictions[:MAX_EXPLAINED]
-  model.write_picture(path, result.image, [prediction['label'] for prediction in shown],
-                      [prediction['probability'] for prediction in shown])
+  with hold_back_interrupts():
+    model.write_picture(path, result.image, [prediction['label'] for prediction in shown],
+                        [prediction['probability'] for prediction in shown])
   return result._replace(picture=path)
 
 
@@ -286,6 +307,8 @@ def parse_args(argv=None):
 
 def main(args):
   """Classifies the files on the command line; returns the exit code."""
+  if sys.stdout is None:
+    raise OSError('standard output is closed')
   files = find_files(args.images)
   paths = itertools.repeat(None)
   if args.explain is not None:
@@ -327,3 +350,5 @@ if __name__ == '__main__':
   except tf.errors.ResourceExhaustedError as error:
     sys.exit('classify_image.py: out of memory '
              f'({errors.reason(error)}): use a smaller --batch_size')
+  except KeyboardInterrupt:
+    sys.exit('classify_image.py: interrupted')

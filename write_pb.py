@@ -14,6 +14,7 @@ A .pb is a program: load only files that you or someone you trust made.
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
@@ -22,6 +23,7 @@ import tensorflow.compat.v1 as tf
 
 from common import arguments
 from common import checkpoints
+from common import errors
 from export import comparison
 from export import formats
 from export import freeze
@@ -138,6 +140,10 @@ if __name__ == '__main__':
   tf.disable_v2_behavior()
   tf.enable_resource_variables()
   arguments.escape_unprintable_output()
+  # kill and a closed terminal end the script as Ctrl-C does, so that nothing unfinished is left.
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
   # GPUs may compute float32 in TF32, with which the comparison would exceed its bounds.
   os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
   try:
@@ -145,3 +151,7 @@ if __name__ == '__main__':
   except (checkpoints.CheckpointError, flowers.DatasetError, models.ModelError,
           formats.FormatError, comparison.ComparisonError, freeze.FreezeError, OSError) as error:
     sys.exit(f'write_pb.py: {error}')
+  except tf.errors.OpError as error:  # what writing a SavedModel raises if, say, the disk is full
+    sys.exit(f'write_pb.py: nothing was written: {errors.reason(error)}')
+  except KeyboardInterrupt:
+    sys.exit('write_pb.py: interrupted; nothing was written')

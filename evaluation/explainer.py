@@ -16,6 +16,8 @@ from evaluation import grad_cam
 from evaluation import pictures
 import xception
 
+MAX_STEM_BYTES = 200  # file systems allow 255 for a whole name
+
 
 class Explainer:
   """The network of a checkpoint, which classifies images and shows where it sees the classes.
@@ -82,6 +84,7 @@ def plan_pictures(images, folder, overwrite=False):
 
   Args:
     images: file names; the picture of photos/a.jpg is a.png or, where the name is taken, a_2.png.
+      A very long name is cut.
     folder: folder of the pictures.
     overwrite: whether existing files may be replaced; those of `images` never are.
 
@@ -92,7 +95,10 @@ def plan_pictures(images, folder, overwrite=False):
   originals = {os.path.realpath(image) for image in images}
   taken, num_taken, paths = set(), collections.Counter(), []
   for image in images:
-    stem = name = os.path.splitext(os.path.basename(image))[0]
+    stem = os.path.splitext(os.path.basename(image))[0]
+    while len(os.fsencode(stem)) > MAX_STEM_BYTES:
+      stem = stem[:-1]
+    name = stem
     # Some file systems take A.png and a.png for the same file.
     while name.casefold() in taken:
       num_taken[stem] += 1

@@ -203,9 +203,12 @@ def verify(paths, images, predict, precision, max_accuracy_loss=MAX_ACCURACY_LOS
 
   Raises:
     ComparisonError: a file differs from the checkpoint by more than its format
-      allows.
+      allows, or the checkpoint predicts NaN.
   """
   reference = measure(predict, images.preprocessed)
+  if np.isnan(reference.probabilities).any():
+    raise ComparisonError('Nothing was written, because the checkpoint itself predicts NaN: its '
+                          'training has diverged. Choose an earlier one with --checkpoint_path')
   print(f'Compared on {images.description}; ms per image in batches of {BATCH_SIZE}')
   print(TABLE_ROW.format('format', 'bytes', 'difference', 'top-1', 'ms'))
   print(TABLE_ROW.format('checkpoint', '', '', '', f'{reference.milliseconds:.1f}'), flush=True)

@@ -204,6 +204,11 @@ def decode_on_white(encoded):
   def blend():
     pixels = tf.cast(tf.image.decode_png(encoded, channels=4), tf.int32)
     color, alpha = pixels[..., :3], pixels[..., 3:]
+    # Where a PNG of fewer than 8 bits has no transparency, TensorFlow's alpha is not 255, but
+    # the largest number of that many bits.
+    bit_depth = tf.cast(tf.io.decode_raw(tf.strings.substr(encoded, 24, 1), tf.uint8)[0], tf.int32)
+    is_opaque = tf.reduce_all(tf.equal(alpha, 2**bit_depth - 1))
+    alpha = tf.maximum(alpha, 255 * tf.cast(is_opaque, tf.int32))
     return tf.cast((color * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
 
   is_png = tf.equal(tf.strings.substr(encoded, 1, 3), 'PNG')

@@ -107,14 +107,16 @@ def plan_files(format_names, output_file):
   """Returns {format: path} of the files to write; all are named after output_file.
 
   Raises:
-    FreezeError: output_file is not a .pb in an existing folder, or something else
-      has a file's name.
+    FreezeError: output_file is not a .pb in an existing folder, its name cannot be
+      used, or something else has a file's name.
   """
   if os.path.splitext(output_file)[1] != '.pb' or (
       os.path.basename(output_file) == models.SAVED_MODEL_FILE):
     raise FreezeError(
         f'--output_file must be the name of a .pb file like frozen_model_xception.pb, got '
         f'{output_file!r}; --formats adds other formats beside it')
+  if output_file.encode(errors='ignore').decode() != output_file:
+    raise FreezeError(f'--output_file: the name must be UTF-8, got {output_file!r}')
   folder = os.path.dirname(output_file) or '.'
   if not os.path.isdir(folder):
     raise FreezeError(f'--output_file {output_file}: there is no folder {folder}')
@@ -122,12 +124,19 @@ def plan_files(format_names, output_file):
   paths = {name: output_file if name == 'pb' else stem + formats.FORMATS[name].suffix
            for name in format_names}
   for name, path in paths.items():
-    if name != 'saved_model' and os.path.isdir(path):
+    if name == 'saved_model':
+      _check_saved_model_path(path)
+    elif os.path.isdir(path):
       raise FreezeError(f'{path} is a folder: choose another --output_file')
-    if name == 'saved_model' and os.path.exists(path) and not (
-        os.path.isfile(os.path.join(path, models.SAVED_MODEL_FILE))):
-      raise FreezeError(f'{path} exists and is not a SavedModel: choose another --output_file')
   return paths
+
+
+def _check_saved_model_path(path):
+  if found := sorted(set(path).intersection(checkpoints.GLOB_CHARACTERS)):
+    raise FreezeError(f'{path} contains {" ".join(found)}, which TensorFlow reads as a pattern '
+                      'when it loads a SavedModel: choose another --output_file')
+  if os.path.lexists(path) and not os.path.isfile(os.path.join(path, models.SAVED_MODEL_FILE)):
+    raise FreezeError(f'{path} exists and is not a SavedModel: choose another --output_file')
 
 
 def check_labels(class_names, path):
@@ -265,6 +274,9 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
   folder = os.path.dirname(next(iter(paths.values()))) or '.'
   other_files = read_other_files(folder, paths)
   graph_def, predict, weights = freeze(checkpoint, config, use_averages, use_temperature)
+  # Training may delete the checkpoint while the files are written and compared.
+  origin = _describe_origin(checkpoint, config, weights, fold, precision, paths)
+  metrics = find_metrics(checkpoint, weights['averaged_weights'], config.image_size)
   if fold:
     graph_def = folding.fold(graph_def, models.OUTPUT_NODE)
   if precision == 'bfloat16':
@@ -275,7 +287,6 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
     drafts = write_drafts(graph_def, config.class_names, paths, temporary, settings)
     comparisons = comparison.verify(
         drafts, images, predict, precision, max_accuracy_loss) if images else {}
-    origin = _describe_origin(checkpoint, config, weights, fold, precision, paths)
     description = {
         'input_range': [-1, 1],
         'preprocessing': f'central {xception_preprocessing.CENTRAL_FRACTION} of each side, '
@@ -284,7 +295,7 @@ def write_models(checkpoint, config, paths, images=None, use_averages='auto', fo
         'class_names': config.class_names,
         **origin,
         'files': _describe_files(drafts, comparisons, origin) + other_files,
-        'metrics': find_metrics(checkpoint, weights['averaged_weights'], config.image_size),
+        'metrics': metrics,
     }
     with open(os.path.join(temporary, models.MODEL_FILE), 'w', encoding='utf-8') as f:
       json.dump(description, f, indent=2, ensure_ascii=False)

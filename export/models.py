@@ -17,6 +17,7 @@ import slim_bridge  # noqa: F401, before TensorFlow: see there
 import numpy as np
 import tensorflow.compat.v1 as tf
 
+from common import checkpoints
 from common import errors
 from common import files
 from export import runtimes
@@ -30,6 +31,19 @@ MODEL_FILE = 'model.json'  # describes the models in its folder
 SAVED_MODEL_FILE = 'saved_model.pb'  # in the folder of a SavedModel
 
 PRECISIONS = ('float32', 'bfloat16')
+
+MAX_IMAGE_SIZE = 10_000
+# What model.json may say under some of its keys: {key: (predicate, description)}.
+MODEL_FILE_TYPES = {
+    'image_size': (lambda value: type(value) is int and 0 < value <= MAX_IMAGE_SIZE,
+                   f'a whole number from 1 to {MAX_IMAGE_SIZE}'),
+    'global_step': (lambda value: type(value) is int and value >= 0,
+                    'a whole number of 0 or more'),
+    'class_names': (lambda value: isinstance(value, list)
+                    and all(isinstance(name, str) for name in value), 'a list of texts'),
+    'file': (lambda value: isinstance(value, str), 'a text'),
+    'sha256': (lambda value: isinstance(value, str), 'a text'),
+}
 
 # Rows of 8-bit probabilities sum to 1 only roughly; logits do not at all.
 MAX_SUM_ERROR = 0.1
@@ -111,6 +125,7 @@ def load(path, precision='float32', use_gpu=True):
   """
   if os.path.basename(path) == SAVED_MODEL_FILE:
     path = os.path.dirname(os.path.abspath(path))
+  _refuse_other_files(path)
   if not os.path.exists(path):
     raise ModelError(f'There is no model {path}: write_pb.py writes one')
   content = _read_model_file(path)
@@ -136,19 +151,35 @@ def num_bytes(path):
   return sum(os.path.getsize(file) for file in files_below(path))
 
 
+def _refuse_other_files(path):
+  """Raises a ModelError if a path is of a checkpoint or a Keras file, and names the script."""
+  prefix = checkpoints.FILE_SUFFIX.sub('', path)
+  is_log_dir = os.path.exists(os.path.join(path, 'checkpoint')) and (
+      not os.path.exists(os.path.join(path, SAVED_MODEL_FILE)))
+  if is_log_dir or os.path.exists(f'{prefix}.index'):
+    raise ModelError(f'{path} is a checkpoint, not a frozen model: freeze it with write_pb.py, or '
+                     'give it as --log_dir or --checkpoint_path instead of --graph')
+  if os.path.isfile(path) and path.lower().endswith(('.h5', '.keras')):
+    raise ModelError(f'{path} is a Keras file: convert it with convert_keras_weights.py')
+
+
 def _read_model_file(path):
   """Returns the content of the model.json in a model's folder, or {'files': []} without one."""
+  model_file = os.path.join(os.path.dirname(os.path.abspath(path)), MODEL_FILE)
   try:
-    with open(os.path.join(os.path.dirname(os.path.abspath(path)), MODEL_FILE),
-              encoding='utf-8') as f:
+    with open(model_file, encoding='utf-8') as f:
       content = json.load(f)
     if not all(isinstance(file, dict) for file in content['files']):
       raise ValueError(f'expected a list of objects as files, got {content["files"]!r}')
-    return content
   except FileNotFoundError:
     return {'files': []}
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise ModelError(f'Cannot read the {MODEL_FILE} of {path}: {error!r}') from error
+  for entries in (content, *content['files']):
+    for key, (is_valid, expected) in MODEL_FILE_TYPES.items():
+      if key in entries and not is_valid(entries[key]):
+        raise ModelError(f'{model_file}: {key} must be {expected}, got {entries[key]!r:.100}')
+  return content
 
 
 def _check_sums(path, entries):
@@ -179,7 +210,7 @@ def _input_layout(path, port, description):
   """Returns the image size, None for encoded images, and whether channels come first."""
   if port.dtype == object:
     return None, False
-  shape = port.shape or [None] * 4
+  shape = [None] * 4 if port.shape is None else port.shape
   expected = f'{path}: its input {port.name} has the shape {shape}'
   if len(shape) != 4:
     raise ModelError(f'{expected}, expected [n, size, size, 3] or [n, 3, size, size]')
@@ -197,7 +228,7 @@ def _input_layout(path, port, description):
 
 def _num_classes(path, port):
   """Returns the number of classes, None if the file does not tell."""
-  shape = port.shape or [None, None]
+  shape = [None, None] if port.shape is None else port.shape
   sizes = [size for size in shape[1:] if size != 1]  # such as [n, 1, 1, num_classes]
   if len(sizes) != 1:
     raise ModelError(f'{path}: its output {port.name} has the shape {shape}, expected '
@@ -207,17 +238,19 @@ def _num_classes(path, port):
 
 def _class_names(path, description, num_classes):
   """Returns the names in labels.txt in the model's folder, or else those in model.json."""
-  labels_file = os.path.join(os.path.dirname(os.path.abspath(path)), flowers.LABELS_FILE)
-  class_names = description.get('class_names')
-  if os.path.exists(labels_file) or not class_names:
+  folder = os.path.dirname(os.path.abspath(path))
+  source, class_names = os.path.join(folder, MODEL_FILE), description.get('class_names')
+  labels_file = os.path.join(folder, flowers.LABELS_FILE)
+  if os.path.exists(labels_file):
     try:
-      class_names = flowers.read_labels_file(labels_file)
+      source, class_names = labels_file, flowers.read_labels_file(labels_file)
     except flowers.DatasetError as error:
-      raise ModelError(f'{path} has {num_classes or "unnamed"} classes, and no {labels_file} '
-                       f'that names them: {error}') from error
+      raise ModelError(f'No class names of {path}: {error}') from error
+  elif not class_names:
+    raise ModelError(f'{path} has {num_classes or "unnamed"} classes, and no {labels_file} that '
+                     'names them, with a line like 0:daisy for each class')
   if num_classes not in (None, len(class_names)):
-    raise ModelError(f'{labels_file} names {len(class_names)} classes, but {path} has '
-                     f'{num_classes}')
+    raise ModelError(f'{source} names {len(class_names)} classes, but {path} has {num_classes}')
   return class_names
 
 
@@ -232,6 +265,10 @@ def _runner(path, network, is_channels_first, num_classes):
     except Exception as error:  # pylint: disable=broad-except
       # Each runtime has exceptions of its own.
       raise ModelError(f'{path} does not run: {errors.reason(error)}') from error
+    num_images = len(part) + len(padding)
+    if np.shape(output)[:1] != (num_images,):
+      raise ModelError(f'{path} returns an array of shape {np.shape(output)} for a batch of '
+                       f'{num_images}, expected [n, num_classes]')
     return output[:len(part)]
 
   def run(batch):

@@ -22,6 +22,8 @@ import tensorflow.compat.v1 as tf
 from tensorflow.core.protobuf import rewriter_config_pb2
 from tensorflow.lite.python import schema_py_generated
 
+from common import errors
+
 # Names of graph nodes and of SavedModel inputs and outputs.
 INPUT_NODE = 'input'
 OUTPUT_NODE = 'output'
@@ -100,20 +102,28 @@ def _open_pb(path, session):
   graph_def = tf.GraphDef()
   try:
     with open(path, 'rb') as f:
-      graph_def.ParseFromString(f.read())
+      content = f.read()
+    if not content:
+      raise ModelError(f'{path} is empty')
+    graph_def.ParseFromString(content)
     with session.graph.as_default():
       tf.import_graph_def(graph_def, name='')
   except (message.DecodeError, ValueError, OSError, tf.errors.OpError) as error:
-    raise ModelError(f'{path} is not a frozen graph: {error}') from error
+    raise ModelError(f'{path} is not a frozen graph: {errors.reason(error)}') from error
   variables = [node.name for node in graph_def.node if node.op in VARIABLE_OPS]
   if variables:
     raise ModelError(f'{path} has variables without values, such as {variables[0]}: freeze it '
                      'with write_pb.py')
   consumed = {tensor.lstrip('^').partition(':')[0]
               for node in graph_def.node for tensor in node.input}
+
+  def is_output(node):
+    is_last = node.name not in consumed and node.op != 'Const'
+    return (is_last or node.name == OUTPUT_NODE) and (
+        session.graph.get_operation_by_name(node.name).outputs)
+
   inputs = [node.name for node in graph_def.node if node.op.startswith('Placeholder')]
-  outputs = [node.name for node in graph_def.node
-             if node.name not in consumed and node.op not in ('Const', 'NoOp', 'Assert')]
+  outputs = [node.name for node in graph_def.node if is_output(node)]
   tensors = [session.graph.get_tensor_by_name(f'{name}:0') for name in (
       _choose(path, 'input', inputs, INPUT_NODE), _choose(path, 'output', outputs, OUTPUT_NODE))]
   return _tensorflow_network(session, *tensors)
@@ -130,11 +140,20 @@ def _open_saved_model(path, session):
     signature = signatures[key]
   except (OSError, RuntimeError, ValueError, tf.errors.OpError) as error:
     raise ModelError(f'{path} is not a SavedModel with a signature serving_default: '
-                     f'{error}') from error
+                     f'{errors.reason(error)}') from error
   infos = (signature.inputs[_choose(path, 'input', list(signature.inputs), IMAGES)],
            signature.outputs[_choose(path, 'output', list(signature.outputs), PROBABILITIES)])
-  return _tensorflow_network(
+  network = _tensorflow_network(
       session, *(session.graph.get_tensor_by_name(info.name) for info in infos))
+
+  def run(batch):
+    try:
+      return network.run(batch)
+    except tf.errors.FailedPreconditionError as error:
+      raise ModelError('its variables have no values: save a Keras model with '
+                       'model.export(folder), not with tf.saved_model.save') from error
+
+  return network._replace(run=run)
 
 
 def _tensorflow_network(session, images, output):

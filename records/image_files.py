@@ -17,7 +17,8 @@ import tensorflow.compat.v1 as tf
 import xception_preprocessing
 
 SUFFIXES = ('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff',
-            '.avif', '.heic', '.heif', '.jp2', '.ppm', '.pgm')
+            '.avif', '.heic', '.heif', '.jp2', '.j2k', '.ppm', '.pgm', '.pbm', '.pnm', '.tga',
+            '.ico')
 MAX_PIXELS = 100_000_000  # a JPEG of 1 MB may claim more than memory holds
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, a warning, would come before this one
 JPEG_QUALITY = 95

@@ -6,11 +6,15 @@ import io
 import json
 import os
 import pathlib
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
+import numpy as np
 from PIL import Image
 import tensorflow.compat.v1 as tf
 
@@ -153,6 +157,17 @@ class ClassifyImageTest(tf.test.TestCase):
         else:
           self.assertIsNone(result.error)
 
+  def test_images_for_which_the_model_predicts_nan(self):
+    for name, content in zip('ab', drawn_flowers(2)):
+      (self.dir / name).write_bytes(content)
+    model = models.FrozenModel(list('cde'), 71, {}, lambda batch: np.float32(
+        [[0.2, np.nan, 0.5], [0.2, 0.3, 0.5]]))
+    first, second = classify_image.classify(
+        model, [str(self.dir / name) for name in 'ab'], batch_size=2, top_k=1)
+    self.assertEqual((first.predictions, first.error),
+                     ([], 'the model predicts NaN: its weights may have diverged in training'))
+    self.assertEqual((second.predictions[0]['name'], second.error), ('e', None))
+
   def run_script(self, *options, model=None, **kwargs):
     model = model or ['--graph', self.pb]
     return subprocess.run(
@@ -212,6 +227,14 @@ class ClassifyImageTest(tf.test.TestCase):
     self.assertIn(b'classify_image.py: There is no model none.pb', result.stderr)
     self.assertNotIn(b'Traceback', result.stderr)
 
+  def test_closed_input_and_output(self):
+    with mock.patch.object(sys, 'stdin', None):
+      with self.assertRaisesRegex(image_files.ImageError, 'standard input is closed'):
+        classify_image.read_file('-')
+    with mock.patch.object(sys, 'stdout', None):
+      with self.assertRaisesRegex(OSError, 'standard output is closed'):
+        classify_image.main(classify_image.parse_args(['a.jpg', '--graph', self.pb]))
+
   def test_options_that_exclude_each_other(self):
     for options in ([], ['--graph', 'a.pb', '--log_dir', 'log'],
                     ['--graph', 'a.pb', '--explain', 'out'],
@@ -221,6 +244,28 @@ class ClassifyImageTest(tf.test.TestCase):
                     ['--log_dir', 'log', '--precision', 'bfloat16']):
       with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
         classify_image.parse_args(['a.jpg', *options])
+
+  def test_ctrl_c_while_a_picture_is_drawn(self):
+    self.addCleanup(signal.signal, signal.SIGINT,
+                    signal.signal(signal.SIGINT, signal.default_int_handler))
+    model = mock.Mock()
+
+    def draw(*_):
+      signal.raise_signal(signal.SIGINT)
+      model.write_rest()
+
+    model.write_picture.side_effect = draw
+    with self.assertRaises(KeyboardInterrupt):
+      classify_image.explain(model, classify_image.Result('a.jpg', [], None), 'a.png')
+    model.write_rest.assert_called_once()
+    self.assertEqual(signal.getsignal(signal.SIGINT), signal.default_int_handler)
+
+  def test_interrupted(self):
+    argv = ['classify_image.py', '--graph', self.pb, 'a.jpg']
+    with mock.patch.object(sys, 'argv', argv), \
+         mock.patch.object(models, 'load', side_effect=KeyboardInterrupt), \
+         self.assertRaisesRegex(SystemExit, '^classify_image.py: interrupted$'):
+      runpy.run_path(os.path.join(PROJECT, argv[0]), run_name='__main__')
 
   def test_explanations(self):
     first, second = drawn_flowers(2)

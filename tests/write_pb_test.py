@@ -1,18 +1,24 @@
 """Tests of write_pb.py: what it writes, what it compares, and what it refuses."""
 
 import contextlib
+import glob
 import hashlib
 import importlib.util
 import io
 import json
 import os
 import re
+import runpy
 import shutil
+import signal
+import sys
 import tempfile
+import time
 from unittest import mock
 
 import numpy as np
 from scipy import special
+from tensorflow.compat import v2 as tf2
 import tensorflow.compat.v1 as tf
 
 from common import checkpoints
@@ -23,6 +29,7 @@ from export import freeze
 from export import models
 from records import flowers
 from scripts import DATASET_DIR
+from scripts import PROJECT
 import small_model
 import write_pb
 
@@ -62,6 +69,20 @@ class WritePbTest(tf.test.TestCase):
           '--log_dir', log_dir or self.log_dir, '--output_file', self.pb,
           '--dataset_dir', DATASET_DIR, *options]))
     return output.getvalue()
+
+  def run_script(self, *options):
+    """Runs the script as __main__; returns the message that it ends with."""
+    argv = ['write_pb.py', '--log_dir', self.log_dir, '--output_file', self.pb,
+            '--dataset_dir', DATASET_DIR, *options]
+    # The tests may run under nohup or in the background, where these are ignored.
+    for number, handler in [(signal.SIGINT, signal.default_int_handler),
+                            (signal.SIGTERM, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_DFL)]:
+      self.addCleanup(signal.signal, number, signal.signal(number, handler))
+    with mock.patch.object(sys, 'argv', argv), \
+         contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), \
+         self.assertRaises(SystemExit) as end:
+      runpy.run_path(os.path.join(PROJECT, argv[0]), run_name='__main__')
+    return end.exception.code
 
   def model_file(self):
     with open(os.path.join(self.dir, 'model.json'), encoding='utf-8') as f:
@@ -269,6 +290,40 @@ class WritePbTest(tf.test.TestCase):
       with self.assertRaisesRegex(checkpoints.CheckpointError, 'ckpt-7 cannot be read'):
         self.write(log_dir=log_dir)
 
+  def test_checkpoint_that_training_deletes_meanwhile(self):
+    with tempfile.TemporaryDirectory() as log_dir:
+      checkpoint = small_model.write_checkpoint(log_dir)
+      metrics = {'accuracy': 0.5, 'checkpoint_sha256': files.sha256(f'{checkpoint}.index'),
+                 'uses_averages': False, 'image_size': 71}
+      with open(os.path.join(log_dir, 'metrics.json'), 'w') as f:
+        json.dump(metrics, f)
+
+      def delete(*_):
+        for path in glob.glob(f'{checkpoint}.*'):
+          os.remove(path)
+        return {}
+
+      with mock.patch.object(comparison, 'verify', delete):
+        self.write(log_dir=log_dir)
+    self.assertCountEqual(os.listdir(self.dir), ['model.pb', 'labels.txt', 'model.json'])
+    self.assertEqual((self.model_file()['global_step'], self.model_file()['metrics']),
+                     (small_model.GLOBAL_STEP, metrics))
+
+  def test_interrupted_and_failing_runs_leave_nothing(self):
+    def stop(number):
+      signal.raise_signal(number)
+      time.sleep(10)  # which the signal ends
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+      with mock.patch.object(comparison, 'verify', lambda *_, number=number: stop(number)):
+        self.assertEqual(self.run_script(), 'write_pb.py: interrupted; nothing was written')
+      self.assertEmpty(os.listdir(self.dir))
+    full = tf.errors.ResourceExhaustedError(None, None, '/x; No space left on device')
+    with mock.patch.object(tf2.saved_model, 'save', side_effect=full):
+      self.assertEqual(self.run_script('--formats', 'saved_model'),
+                       'write_pb.py: nothing was written: /x; No space left on device')
+    self.assertEmpty(os.listdir(self.dir))
+
   def test_without_a_dataset(self):
     folder = os.getcwd()
     os.chdir(self.dir)
@@ -300,6 +355,15 @@ class WritePbTest(tf.test.TestCase):
       with open(self.pb) as f:
         self.assertStartsWith(f.read(), '0:daisy')
 
+  def test_checkpoint_that_predicts_nan(self):
+    def predict_nan(batch):
+      return np.full([len(batch), 5], np.nan)
+
+    images = comparison.find_images(71, DATASET_DIR)
+    with self.assertRaisesRegex(comparison.ComparisonError,
+                                'Nothing was written, because the checkpoint itself predicts NaN'):
+      comparison.verify({'pb': 'none.pb'}, images, predict_nan, 'float32')
+
   def test_a_saved_model_is_replaced_and_nothing_else(self):
     self.write('--noverify', '--formats', 'saved_model')
     folder = os.path.join(self.dir, 'model_saved_model')
@@ -322,6 +386,14 @@ class WritePbTest(tf.test.TestCase):
     for name in ('model.tflite', 'labels.txt', '', f'{self.dir}/', 'model', 'saved_model.pb'):
       with self.assertRaisesRegex(freeze.FreezeError, f"must be .* a .pb file .* got '{name}'"):
         self.write('--output_file', name)
+    with self.assertRaisesRegex(freeze.FreezeError, r"must be UTF-8, got 'a\\udcff.pb'"):
+      self.write('--output_file', os.fsdecode(b'a\xff.pb'))
+    with self.assertRaisesRegex(
+        freeze.FreezeError, r'\[a\]\*_saved_model contains \* \[, which TensorFlow reads as a'):
+      self.write('--output_file', f'{self.dir}/[a]*.pb', '--formats', 'saved_model')
+    os.symlink('none', f'{self.dir}/model_saved_model')
+    with self.assertRaisesRegex(freeze.FreezeError, '_saved_model exists and is not a SavedModel'):
+      self.write('--formats', 'saved_model')
     with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as errors:
       self.write('--formats', 'pb,caffe')
     self.assertIn('must be among pb,saved_model,', errors.getvalue())

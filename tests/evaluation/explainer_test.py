@@ -86,6 +86,10 @@ class PlanPicturesTest(FolderTestCase):
     self.assertEqual([os.path.relpath(path, new) for path in paths], [
         'x.png', 'x_2.png', 'x_2_2.png', 'X_3.png', 'x_4.png', '-.png', 'y.tar.png'])
     self.assertFalse(os.path.exists(new))
+    long_names = [f'{"l" * 250}.jpg', f'{"l" * 250}.png', f'{"向" * 80}.jpg']
+    self.assertEqual(
+        [os.path.basename(path) for path in explainer.plan_pictures(long_names, new)],
+        [f'{"l" * 200}.png', f'{"l" * 200}_2.png', f'{"向" * 66}.png'])
 
   def test_files_in_the_way(self):
     old, link = (os.path.join(self.dir, name) for name in ('y.png', 'link.jpg'))

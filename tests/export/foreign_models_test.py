@@ -80,6 +80,9 @@ class PbTest(ForeignModelTest):
     self.check(self.write_graph(
         lambda logits: tf.nn.softmax(logits, name='output'), name='input',
         more=lambda: [tf.placeholder(tf.bool, name='is_training'), tf.constant(1.0) + 1.0]))
+    for consume in (lambda output: tf.argmax(output, 1), lambda output: tf.nn.top_k(output, 2)):
+      self.check(self.write_graph(
+          lambda logits, consume=consume: consume(tf.nn.softmax(logits, name='output'))))
 
   def test_layouts_and_types(self):
     self.check(self.write_graph(shape=(None, 3, SIZE, SIZE)))
@@ -103,6 +106,25 @@ class PbTest(ForeignModelTest):
     os.remove(os.path.join(self.dir, 'labels.txt'))
     self.check(path)
 
+  def test_wrong_values_in_model_json(self):
+    path = self.write_graph(shape=(None, None, None, 3))
+    size = 'image_size must be a whole number from 1 to 10000'
+    names = 'class_names must be a list of texts'
+    for content, message in [
+        ({'image_size': '75'}, f"{size}, got '75'"), ({'image_size': 75.0}, f'{size}, got 75.0'),
+        ({'image_size': [75]}, f'{size}, got [75]'), ({'image_size': 0}, f'{size}, got 0'),
+        ({'image_size': 10001}, f'{size}, got 10001'), ({'image_size': True}, f'{size}, got True'),
+        ({'class_names': {'0': 'a'}}, f"{names}, got {{'0': 'a'}}"),
+        ({'class_names': 5}, f'{names}, got 5'), ({'class_names': [1, 2]}, f'{names}, got [1, 2]'),
+        ({'global_step': 'x'}, "global_step must be a whole number of 0 or more, got 'x'"),
+        ({'files': [{'file': ['x']}]}, "file must be a text, got ['x']"),
+        ({'files': [{'image_size': None}]}, f'{size}, got None')]:
+      with open(os.path.join(self.dir, 'model.json'), 'w') as f:
+        json.dump({'image_size': SIZE, 'files': [], **content}, f)
+      with self.assertRaises(models.ModelError) as error:
+        models.load(path)
+      self.assertEqual(str(error.exception), f'{self.dir}/model.json: {message}')
+
   def test_refused_models(self):
     for path, message in [
         (lambda: self.write_graph(more=lambda: tf.placeholder(tf.bool, name='is_training')),
@@ -114,9 +136,20 @@ class PbTest(ForeignModelTest):
         (lambda: self.write_graph(shape=(None, SIZE, SIZE, 1)),
          r'the shape \[None, 75, 75, 1\], expected square images of 3 channels'),
         (lambda: self.write_graph(lambda logits: tf.nn.softmax(logits)[:, :3]), 'has 3'),
+        (lambda: self.write_graph(lambda logits: tf.reduce_mean(logits, name='loss')),
+         r'its output loss:0 has the shape \[\], expected \[n, num_classes\]'),
+        (lambda: self.write_graph(lambda logits: tf.io.write_file('x', tf.as_string(logits[0, 0]))),
+         'has no output: one must be named output'),
         (lambda: self.write_graph(more=lambda: tf.Variable(1.0)), 'has variables')]:
       with self.assertRaisesRegex(models.ModelError, message):
         models.load(path())
+    for reduce, shape in [(lambda logits: tf.reduce_mean(logits), r'\(\)'),
+                          (lambda logits: tf.nn.softmax(logits)[:1], r'\(1, 5\)')]:
+      model = models.load(self.write_graph(
+          lambda logits, reduce=reduce: tf.placeholder_with_default(reduce(logits), None),
+          name='input'))
+      with self.assertRaisesRegex(models.ModelError, f'an array of shape {shape} for a batch of 5'):
+        model.predict(self.images)
     model = models.load(self.write_graph(tf.identity))
     with self.assertRaisesRegex(models.ModelError, 'must end with a softmax'):
       model.predict(self.images)
@@ -129,6 +162,17 @@ class PbTest(ForeignModelTest):
                                  {'scores': tf.nn.softmax(build(images))})
     self.check(path)
     self.check(os.path.join(path, 'saved_model.pb'))
+
+  def test_a_saved_model_without_the_values_of_its_variables(self):
+    path = os.path.join(self.dir, 'keras')
+    with tf.Graph().as_default(), tf.Session() as session:
+      images = tf.placeholder(tf.float32, [None, SIZE, SIZE, 3])
+      scale = tf.Variable(1.0, collections=['not_saved'])
+      tf.saved_model.simple_save(session, path, {'images': images},
+                                 {'scores': tf.nn.softmax(build(images) * scale)})
+    with self.assertRaisesRegex(
+        models.ModelError, 'keras does not run: its variables have no values: .* model.export'):
+      models.load(path).predict(self.images)
 
   def test_signatures_of_a_saved_model(self):
     def save(folder, images_key, output_key, signature='serving_default'):

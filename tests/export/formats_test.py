@@ -2,9 +2,12 @@
 
 import importlib.util
 import io
+import itertools
 import shutil
+import struct
 import tempfile
 import unittest
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -42,6 +45,18 @@ def transparent_images():
           'I;16': Image.fromarray(random.integers(0, 2**16, [90, 80], np.uint16))}
 
 
+def small_png(color_type, bit_depth, *chunks):
+  """Returns a PNG of 8 x 7 random pixels, 0 (grey) or 3 (palette), with chunks like b'tRNS...'."""
+  def chunk(data):
+    return struct.pack('>I', len(data) - 4) + data + struct.pack('>I', zlib.crc32(data))
+
+  random = np.random.default_rng(bit_depth)
+  rows = [b'\0' + random.bytes(bit_depth) for _ in range(7)]
+  header = b'IHDR' + struct.pack('>IIBBBBB', 8, 7, bit_depth, color_type, 0, 0, 0)
+  return image_files.PNG + b''.join(
+      chunk(data) for data in (header, *chunks, b'IDAT' + zlib.compress(b''.join(rows)), b'IEND'))
+
+
 class DecodeTest(tf.test.TestCase):
 
   def decode(self, content):
@@ -53,6 +68,16 @@ class DecodeTest(tf.test.TestCase):
       content = encode(image)
       expected = np.asarray(image_files.to_rgb(Image.open(io.BytesIO(content))), int)
       self.assertAllClose(self.decode(content), expected, rtol=0, atol=1, msg=mode)
+
+  def test_every_bit_depth(self):
+    convert = image_files.Converter()
+    palette = b'PLTE' + np.random.default_rng(0).bytes(3 * 256)
+    for bit_depth, transparency in itertools.product((1, 2, 4, 8), (b'', b'tRNS\0\0')):
+      for color_type, colors in [(0, b''), (3, palette[:4 + 3 * 2**bit_depth])]:
+        content = small_png(color_type, bit_depth, *filter(None, [colors, transparency]))
+        expected = np.asarray(image_files.to_rgb(Image.open(io.BytesIO(convert(content)[0]))), int)
+        self.assertAllClose(self.decode(content), expected, rtol=0, atol=1,
+                            msg=f'{color_type}, {bit_depth} bits, {transparency}')
 
   def test_jpeg(self):
     content = encode(transparent_images()['RGB'], 'JPEG')

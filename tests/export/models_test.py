@@ -74,7 +74,7 @@ class FrozenModelsTest(tf.test.TestCase):
     os.makedirs(empty, exist_ok=True)
     with self.assertRaisesRegex(models.ModelError, 'empty is not a SavedModel'):
       models.load(empty)
-    for suffix, message in [('.pb', 'not a frozen graph|has no input'),
+    for suffix, message in [('.pb', 'is empty|not a frozen graph|has no input'),
                             ('.tflite', 'not a TFLite model')]:
       with open(self.paths['pb' if suffix == '.pb' else 'tflite'], 'rb') as f:
         content = f.read()
@@ -84,6 +84,25 @@ class FrozenModelsTest(tf.test.TestCase):
           f.write(damaged)
         with self.assertRaisesRegex(models.ModelError, message):
           models.load(path)
+
+  def test_an_empty_file(self):
+    path = os.path.join(self.dir, 'empty.pb')
+    with open(path, 'wb'):
+      pass
+    with self.assertRaisesRegex(models.ModelError, 'empty.pb is empty$'):
+      models.load(path)
+
+  def test_files_that_other_scripts_take(self):
+    checkpoint = os.path.join(self.dir, f'model.ckpt-{small_model.GLOBAL_STEP}')
+    for path in (checkpoint, f'{checkpoint}.index', self.dir):
+      with self.assertRaisesRegex(models.ModelError, f'{path} is a checkpoint.*write_pb.py, or '
+                                  'give it as --log_dir or --checkpoint_path'):
+        models.load(path)
+    for suffix in ('.keras', '.h5'):
+      path = os.path.join(self.dir, f'model{suffix}')
+      with open(path, 'wb'), self.assertRaisesRegex(
+          models.ModelError, f'{path} is a Keras file: convert it with convert_keras_weights.py'):
+        models.load(path)
 
   def test_checksums(self):
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +138,17 @@ class FrozenModelsTest(tf.test.TestCase):
         models.load(path)
       with open(os.path.join(folder, 'labels.txt'), 'w') as f:
         f.write('0:cat\n1:dog\n')
-      with self.assertRaisesRegex(models.ModelError, 'names 2 classes, but .* has 5'):
+      with self.assertRaisesRegex(models.ModelError, 'labels.txt names 2 classes, but .* has 5'):
+        models.load(path)
+      with open(os.path.join(folder, 'labels.txt'), 'w') as f:
+        f.write('cat\ndog\n')
+      with self.assertRaisesRegex(
+          models.ModelError, 'of .*model.pb: .*labels.txt, line 1: expected id:name like 0:daisy'):
+        models.load(path)
+      os.remove(os.path.join(folder, 'labels.txt'))
+      with open(os.path.join(folder, 'model.json'), 'w') as f:
+        json.dump({'class_names': ['cat', 'dog'], 'files': []}, f)
+      with self.assertRaisesRegex(models.ModelError, 'model.json names 2 classes, but .* has 5'):
         models.load(path)
 
   def test_a_missing_runtime(self):

@@ -70,8 +70,11 @@ class ConverterTest(tf.test.TestCase):
 
   def test_lossless_files_become_png(self):
     image = smooth()
-    for content in (save(image, 'BMP'), save(image, 'TIFF'), save(image, 'PPM')):
-      self.check(content, 'png', image, 0, kept=False)
+    for image_format in ('BMP', 'TIFF', 'PPM', 'TGA', 'JPEG2000'):
+      self.check(save(image, image_format), 'png', image, 0, kept=False)
+    icon = save(image, 'ICO', sizes=[image.size])
+    self.check(icon, 'png', image, 0, kept=False)
+    self.assertContainsSubset(('.pnm', '.pbm', '.j2k', '.ico', '.tga'), image_files.SUFFIXES)
 
   def test_lossy_files_become_jpeg(self):
     for content in (save(smooth(), 'WEBP', lossless=True), save(smooth(), 'AVIF', quality=90)):
