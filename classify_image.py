@@ -262,9 +262,9 @@ def parse_args(argv=None):
   parser.add_argument('images', nargs='+', metavar='IMAGE',
                       help='file, folder, pattern like "photos/*.jpg", or - for standard input')
   one_of = parser.add_mutually_exclusive_group(required=True)
-  one_of.add_argument('--graph',
+  one_of.add_argument('--graph', type=arguments.path,
                       help='.pb, SavedModel folder, .tflite or .onnx that write_pb.py wrote')
-  one_of.add_argument('--log_dir', '--train_dir',
+  one_of.add_argument('--log_dir', '--train_dir', type=arguments.path,
                       help='folder of a training run, whose newest checkpoint is used, or one '
                       'checkpoint, like log/model.ckpt-1000')
   parser.add_argument('--top_k', type=arguments.positive_int, default=5,
@@ -278,7 +278,7 @@ def parse_args(argv=None):
   group.add_argument('--use_averages', choices=['auto', 'yes', 'no'], default='auto',
                      help='whether to use the Polyak averages of the weights; auto: if the '
                      'checkpoint has them')
-  group.add_argument('--explain', metavar='FOLDER',
+  group.add_argument('--explain', type=arguments.path, metavar='FOLDER',
                      help='writes a PNG file for each image into this folder, which shows the '
                      f'parts that speak for its {MAX_EXPLAINED} most probable classes (Grad-CAM)')
   group.add_argument('--explain_layer', metavar='LAYER',

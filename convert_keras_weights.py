@@ -30,6 +30,7 @@ OUTPUT_SUFFIXES = ('.keras', '.weights.h5', '.h5')
 
 def checkpoint_name(text):
   """The argparse type of --output_checkpoint."""
+  text = arguments.path(text)
   if not os.path.basename(text) or os.path.isdir(text):
     raise argparse.ArgumentTypeError(f'must name a file like ckpt/xception.ckpt, got {text}')
   return text
@@ -37,6 +38,7 @@ def checkpoint_name(text):
 
 def keras_file_name(text):
   """The argparse type of --output_keras."""
+  text = arguments.path(text)
   if not text.endswith(OUTPUT_SUFFIXES):
     raise argparse.ArgumentTypeError(
         f'must end in {", ".join(OUTPUT_SUFFIXES[:-1])} or {OUTPUT_SUFFIXES[-1]}, got {text}')
@@ -47,10 +49,10 @@ def parse_args(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__.split('\n')[0], formatter_class=arguments.HelpFormatter)
   source = parser.add_argument_group('source').add_mutually_exclusive_group(required=True)
-  source.add_argument('--keras_weights', metavar='FILE',
+  source.add_argument('--keras_weights', type=arguments.path, metavar='FILE',
                       help='weights or a whole model in .h5, .weights.h5 or .keras, or the word '
                       f'{keras_files.IMAGENET} to let Keras download its ImageNet weights')
-  source.add_argument('--checkpoint',
+  source.add_argument('--checkpoint', type=arguments.path,
                       help='a checkpoint, or a folder whose newest checkpoint is converted')
   slim_group = parser.add_argument_group('from Keras to slim, with --keras_weights')
   slim_group.add_argument('--output_checkpoint', type=checkpoint_name,
@@ -62,7 +64,7 @@ def parse_args(argv=None):
   slim_group.add_argument('--image_size', type=arguments.image_size,
                           help='height and width of the images in pixels, if FILE lacks them '
                           f'(default: {xception.xception.default_image_size})')
-  slim_group.add_argument('--labels',
+  slim_group.add_argument('--labels', type=arguments.path,
                           help='a labels.txt with the class names (default: the ImageNet names '
                           f'for {keras_files.IMAGENET}, otherwise class_0, class_1, ...)')
   keras_group = parser.add_argument_group('from slim to Keras, with --checkpoint')

@@ -10,7 +10,6 @@ The files get their final names only after all of them are complete.
 """
 
 import argparse
-import signal
 import sys
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
@@ -18,6 +17,7 @@ import slim_bridge  # noqa: F401, before TensorFlow: see there
 import tensorflow.compat.v1 as tf
 
 from common import arguments
+from common import terminal
 from records import creation
 from records import flowers
 
@@ -50,10 +50,7 @@ def parse_args(argv=None):
 
 if __name__ == '__main__':
   arguments.escape_unprintable_output()
-  # kill and a closed terminal end the script as Ctrl-C does, so that nothing unfinished is left.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
-  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
-    signal.signal(signal.SIGHUP, signal.default_int_handler)
+  terminal.interrupt_on_kill()
   args = parse_args()
   try:
     creation.create_dataset(

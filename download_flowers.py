@@ -14,7 +14,6 @@ import http.client
 import os
 import re
 import shutil
-import signal
 import sys
 import tarfile
 import time
@@ -29,6 +28,7 @@ import tqdm
 
 from common import arguments
 from common import files
+from common import terminal
 from records import creation
 from records import flowers
 
@@ -295,10 +295,7 @@ def main(args):
 
 if __name__ == '__main__':
   arguments.escape_unprintable_output()
-  # kill and a closed terminal end the script as Ctrl-C does, so that nothing unfinished is left.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
-  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
-    signal.signal(signal.SIGHUP, signal.default_int_handler)
+  terminal.interrupt_on_kill()
   try:
     main(parse_args())
   except (DownloadError, flowers.DatasetError, OSError) as error:

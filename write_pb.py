@@ -14,7 +14,6 @@ A .pb is a program: load only files that you or someone you trust made.
 import argparse
 import dataclasses
 import os
-import signal
 import sys
 
 import slim_bridge  # noqa: F401, before TensorFlow: see there
@@ -24,6 +23,7 @@ import tensorflow.compat.v1 as tf
 from common import arguments
 from common import checkpoints
 from common import errors
+from common import terminal
 from export import comparison
 from export import formats
 from export import freeze
@@ -50,9 +50,9 @@ def parse_args(argv=None):
       'gets it; other programs have to do the same. A .pb is a program: load only files that you '
       'or someone you trust made.',
       formatter_class=arguments.HelpFormatter)
-  parser.add_argument('--log_dir', '--train_dir', default='./log',
+  parser.add_argument('--log_dir', '--train_dir', type=arguments.path, default='./log',
                       help='folder that train_flowers.py wrote')
-  parser.add_argument('--checkpoint_path',
+  parser.add_argument('--checkpoint_path', type=arguments.path,
                       help='freezes this checkpoint, or the newest of this folder '
                       '(default: the newest of --log_dir)')
   parser.add_argument('--use_averages', choices=['auto', 'yes', 'no'], default='auto',
@@ -60,7 +60,7 @@ def parse_args(argv=None):
                       'checkpoint has them')
   parser.add_argument('--temperature', action='store_true',
                       help='divides logits by the temperature of eval_flowers.py --fit_temperature')
-  parser.add_argument('--output_file', default='frozen_model_xception.pb',
+  parser.add_argument('--output_file', type=arguments.path, default='frozen_model_xception.pb',
                       help='name of the frozen graph, ending in .pb; the other formats are named '
                       'after it, and labels.txt and model.json are written beside it')
   parser.add_argument('--formats', type=parse_formats, default='pb',
@@ -140,10 +140,7 @@ if __name__ == '__main__':
   tf.disable_v2_behavior()
   tf.enable_resource_variables()
   arguments.escape_unprintable_output()
-  # kill and a closed terminal end the script as Ctrl-C does, so that nothing unfinished is left.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
-  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
-    signal.signal(signal.SIGHUP, signal.default_int_handler)
+  terminal.interrupt_on_kill()
   # GPUs may compute float32 in TF32, with which the comparison would exceed its bounds.
   os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
   try:

@@ -1,5 +1,6 @@
-"""The width of text in a terminal."""
+"""Terminals: the width of text, and what happens when one is closed."""
 
+import signal
 import unicodedata
 
 
@@ -13,3 +14,10 @@ def text_width(text):
 def pad(text, width):
   """Returns the text, followed by as many spaces as it lacks to take `width` columns."""
   return text + ' ' * (width - text_width(text))
+
+
+def interrupt_on_kill():
+  """Makes kill and a closed terminal end a script as Ctrl-C does, so that it can clean up."""
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
+    signal.signal(signal.SIGHUP, signal.default_int_handler)

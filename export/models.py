@@ -17,6 +17,7 @@ import slim_bridge  # noqa: F401, before TensorFlow: see there
 import numpy as np
 import tensorflow.compat.v1 as tf
 
+from common import arguments
 from common import checkpoints
 from common import errors
 from common import files
@@ -32,11 +33,10 @@ SAVED_MODEL_FILE = 'saved_model.pb'  # in the folder of a SavedModel
 
 PRECISIONS = ('float32', 'bfloat16')
 
-MAX_IMAGE_SIZE = 10_000
 # What model.json may say under some of its keys: {key: (predicate, description)}.
 MODEL_FILE_TYPES = {
-    'image_size': (lambda value: type(value) is int and 0 < value <= MAX_IMAGE_SIZE,
-                   f'a whole number from 1 to {MAX_IMAGE_SIZE}'),
+    'image_size': (lambda value: type(value) is int and 0 < value <= arguments.MAX_IMAGE_SIZE,
+                   f'a whole number from 1 to {arguments.MAX_IMAGE_SIZE}'),
     'global_step': (lambda value: type(value) is int and value >= 0,
                     'a whole number of 0 or more'),
     'class_names': (lambda value: isinstance(value, list)

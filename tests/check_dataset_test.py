@@ -173,7 +173,3 @@ class CheckDatasetTest(tf.test.TestCase):
     result = self.run_script('--contact_sheet', os.path.join(sheet, 'x.png'))
     self.assertRegex(result.stderr, 'check_dataset.py: Cannot write results into .*not a folder')
     self.assertNotIn('Traceback', result.stderr)
-
-
-if __name__ == '__main__':
-  tf.test.main()

@@ -302,7 +302,3 @@ class ClassifyImageTest(tf.test.TestCase):
         capture_output=True, text=True, timeout=300)
     self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
     self.assertRegex(result.stdout, r'300 images, twice: \d+ classified, \d+ refused')
-
-
-if __name__ == '__main__':
-  tf.test.main()

@@ -596,7 +596,3 @@ class CommandLineTest(ConversionTestCase):
     self.assertEqual(result.returncode, 1)
     self.assertRegex(result.stderr, 'convert_keras_weights.py: There is no file none.h5')
     self.assertNotIn('Traceback', result.stderr)
-
-
-if __name__ == '__main__':
-  tf.test.main()

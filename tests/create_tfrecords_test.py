@@ -508,7 +508,3 @@ class CreateDatasetTest(tf.test.TestCase):
     self.assertEqual(result.returncode, 1)
     self.assertNotIn('Traceback', result.stderr)
     self.assertRegex(result.stderr, 'create_tfrecords.py: .* exists: use --overwrite')
-
-
-if __name__ == '__main__':
-  tf.test.main()

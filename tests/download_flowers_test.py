@@ -366,7 +366,3 @@ class DownloadTest(tf.test.TestCase):
       with self.assertRaisesRegex(download_flowers.DownloadError, 'Cannot unpack'):
         self.download()
       self.assertEqual(os.listdir(self.dataset_dir), ['flower_photos.tgz'])
-
-
-if __name__ == '__main__':
-  tf.test.main()

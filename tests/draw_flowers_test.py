@@ -129,7 +129,3 @@ class DrawFlowersTest(tf.test.TestCase):
 
     self.assertEqual(draw(1), draw(1))
     self.assertTrue(set(draw(1)).isdisjoint(draw(2)))
-
-
-if __name__ == '__main__':
-  tf.test.main()

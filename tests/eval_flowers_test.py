@@ -576,7 +576,3 @@ class WatchTest(EvalTestCase):
       os.truncate(file, 100)
       with self.assertRaisesRegex(checkpoints.CheckpointError, 'model.ckpt-1 cannot be read'):
         self.watch()
-
-
-if __name__ == '__main__':
-  tf.test.main()

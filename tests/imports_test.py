@@ -80,7 +80,3 @@ class ImportsTest(tf.test.TestCase):
     # An installed package of the same name would win over a folder without __init__.py.
     for package in PACKAGES:
       self.assertTrue(os.path.exists(f'{PROJECT}/{package}/__init__.py'), package)
-
-
-if __name__ == '__main__':
-  tf.test.main()

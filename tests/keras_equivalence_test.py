@@ -90,7 +90,3 @@ class KerasEquivalenceTest(tf.test.TestCase):
     self.assertAllClose(probabilities, keras_probabilities, rtol=1e-5, atol=1e-5)
     # The images differ enough for the comparison to mean something.
     self.assertGreater(np.abs(probabilities[0] - probabilities[1]).max(), 1e-3)
-
-
-if __name__ == '__main__':
-  tf.test.main()

@@ -74,7 +74,3 @@ class ManifestsTest(tf.test.TestCase):
     config = self.run_script(['bash', path('train.slurm')], SLURM_JOB_NODELIST='node[1-2,7]')
     self.assertEqual(json.loads(config)['task'], {'type': 'worker', 'index': 2})
     self.assertEqual(str(find_workers(config)), 'Worker 2 of 3, node7:2222')
-
-
-if __name__ == '__main__':
-  tf.test.main()

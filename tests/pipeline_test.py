@@ -506,7 +506,3 @@ class MistakeTest(ScriptTestCase):
         (['--xla'], '--xla needs a GPU: on a CPU it makes training six times slower')]:
       self.assertEndsWithMessage(run(*TRAIN, '--log_dir', self.log_dir, *options), message)
     self.assertEmpty(os.listdir(self.dir))
-
-
-if __name__ == '__main__':
-  tf.test.main()

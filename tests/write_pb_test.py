@@ -383,7 +383,7 @@ class WritePbTest(tf.test.TestCase):
     self.assertCountEqual(os.listdir(self.dir), ['labels.txt'])
     with self.assertRaisesRegex(freeze.FreezeError, 'none/x.pb: there is no folder none'):
       self.write('--output_file', 'none/x.pb')
-    for name in ('model.tflite', 'labels.txt', '', f'{self.dir}/', 'model', 'saved_model.pb'):
+    for name in ('model.tflite', 'labels.txt', f'{self.dir}/', 'model', 'saved_model.pb'):
       with self.assertRaisesRegex(freeze.FreezeError, f"must be .* a .pb file .* got '{name}'"):
         self.write('--output_file', name)
     with self.assertRaisesRegex(freeze.FreezeError, r"must be UTF-8, got 'a\\udcff.pb'"):
@@ -400,7 +400,3 @@ class WritePbTest(tf.test.TestCase):
     with mock.patch.dict('sys.modules', {'tf2onnx': None}):
       with self.assertRaisesRegex(formats.FormatError, 'pip install tf2onnx onnxruntime'):
         self.write('--formats', 'onnx')
-
-
-if __name__ == '__main__':
-  tf.test.main()

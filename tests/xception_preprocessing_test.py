@@ -339,7 +339,3 @@ class DistributionTest(tf.test.TestCase):
                self.full.size[:, 0]]
     correlations = np.corrcoef(np.array(columns, float))
     self.assertLess(np.abs(correlations - np.eye(len(columns))).max(), 0.08)
-
-
-if __name__ == '__main__':
-  tf.test.main()

@@ -87,7 +87,3 @@ class OutputTest(tf.test.TestCase):
         num_scripts += 1
         self.assertRegex(code, r'escape_unprintable_output\(\)|stdout.reconfigure\(errors', path)
     self.assertEqual(num_scripts, 8)
-
-
-if __name__ == '__main__':
-  tf.test.main()

@@ -236,7 +236,3 @@ class TemperatureTest(CheckpointsTestCase):
     with open(path, 'wb') as f:
       f.write(b'\xff')
     self.assertIsNone(checkpoints.read_temperature(checkpoint, False, 71))
-
-
-if __name__ == '__main__':
-  tf.test.main()

@@ -15,7 +15,3 @@ class TerminalTest(tf.test.TestCase):
   def test_pad(self):
     self.assertEqual([terminal.pad(text, 5) for text in ('向日', 'me\u0301', 'longer')],
                      ['向日 ', 'me\u0301   ', 'longer'])
-
-
-if __name__ == '__main__':
-  tf.test.main()

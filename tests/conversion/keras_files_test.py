@@ -227,7 +227,3 @@ class KerasFilesTest(tf.test.TestCase):
     message = KERAS.submit(read_own_layer).result()
     self.assertRegex(message, 'Keras cannot load .*own.keras: .* custom code or layers, save only')
     self.assertNotIn('\n', message)
-
-
-if __name__ == '__main__':
-  tf.test.main()

@@ -276,7 +276,3 @@ class KerasModelsTest(tf.test.TestCase):
       with self.subTest(name):
         self.assertRegex(KERAS.submit(refuse, name).result(),
                          f'^x.keras cannot be converted: .*{reason}')
-
-
-if __name__ == '__main__':
-  tf.test.main()

@@ -244,7 +244,3 @@ def gradients_in_training(dtype, seed, weights=None):
     for variable, value in zip(slim.get_model_variables(), weights, strict=True):
       variable.load(value, session)
     return weights, session.run(gradients)
-
-
-if __name__ == '__main__':
-  tf.test.main()

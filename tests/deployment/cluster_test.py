@@ -475,7 +475,3 @@ class FailureTest(ClusterTestCase):
     lines, _ = self.finish('drift', processes, [1, 1])
     for line in lines:
       self.assertRegex(line, 'The weights of workers 0 and 1 differ after step 4')
-
-
-if __name__ == '__main__':
-  tf.test.main()

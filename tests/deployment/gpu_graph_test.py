@@ -188,7 +188,3 @@ class GpuGraphTest(tf.test.TestCase):
     # A step's positions are those of the batch that it uses, not of the one that it fetches.
     fetched = tf.graph_util.extract_sub_graph(graph.as_graph_def(), [step.positions.op.name])
     self.assertEqual({node.op for node in fetched.node} & {'Stage', 'Unstage'}, {'Unstage'})
-
-
-if __name__ == '__main__':
-  tf.test.main()

@@ -174,7 +174,3 @@ class MirroredTest(tf.test.TestCase):
       devices = [f'/gpu:{i}' for i in range(num_gpus)]
       self.assertEqual(towers.mirrors_variables(devices, variable_update), mirrored)
     self.assertFalse(towers.mirrors_variables(['/cpu:0', '/cpu:1']))
-
-
-if __name__ == '__main__':
-  tf.test.main()

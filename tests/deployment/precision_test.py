@@ -63,7 +63,3 @@ class PrecisionTest(tf.test.TestCase):
     types = computed_types('float32')
     for kind in ('Conv2D', 'DepthwiseConv2dNative', *precision.FLOAT32_OPERATIONS):
       self.assertEqual(types[kind], {tf.float32}, kind)
-
-
-if __name__ == '__main__':
-  tf.test.main()

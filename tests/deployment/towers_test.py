@@ -343,7 +343,3 @@ class TrainStepTest(tf.test.TestCase):
       self.assertIs(context.exception.op, step.finite_check)
       for value, expected in zip(session.run(tf.global_variables()), before):
         self.assertAllEqual(value, expected)
-
-
-if __name__ == '__main__':
-  tf.test.main()

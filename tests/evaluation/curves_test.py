@@ -52,7 +52,3 @@ class CurvesTest(tf.test.TestCase):
     self.assertAllClose(found.accuracy[[6, 9]], [1, 2 / 3])
     self.assertAllClose(found.expected_error, (0.38 + 3 * (0.953333 - 2 / 3)) / 4)
     self.assertTrue(np.isnan(found.accuracy[0]))
-
-
-if __name__ == '__main__':
-  tf.test.main()

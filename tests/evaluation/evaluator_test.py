@@ -148,7 +148,3 @@ class EvaluatorTest(tf.test.TestCase):
       path = tf.train.Saver().save(session, os.path.join(self.dir, 'other.ckpt'))
     with self.assertRaisesRegex(checkpoints.CheckpointError, 'other.ckpt cannot be restored'):
       self.build_evaluator()(path)
-
-
-if __name__ == '__main__':
-  tf.test.main()

@@ -103,7 +103,3 @@ class PlanPicturesTest(FolderTestCase):
         explainer.plan_pictures(['photos/y.jpg', image], self.dir, overwrite=True)
     with self.assertRaisesRegex(NotADirectoryError, f'{old} is not a folder'):
       explainer.plan_pictures([], old)
-
-
-if __name__ == '__main__':
-  tf.test.main()

@@ -118,7 +118,3 @@ class MapsTest(tf.test.TestCase):
             grad_cam.LayerError, f"^'{layer}' is not a layer .*: choose one of block1_conv1, .*, "
             'block14_dws_conv1, block14_dws_conv2$'):
           grad_cam.build_maps(logits, end_points, layer, tf.zeros([1], tf.int64))
-
-
-if __name__ == '__main__':
-  tf.test.main()

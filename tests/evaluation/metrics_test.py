@@ -99,7 +99,3 @@ class MetricsTest(tf.test.TestCase):
     self.assertEqual(metrics.shorten('daisy', 5), 'daisy')
     self.assertEqual(metrics.shorten('beetle_larva_02', 9), 'beet…a_02')
     self.assertEqual(metrics.shorten('向日葵向日葵', 8), '向日…葵')
-
-
-if __name__ == '__main__':
-  tf.test.main()

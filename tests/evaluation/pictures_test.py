@@ -286,7 +286,3 @@ class NamesTest(tf.test.TestCase):
          mock.patch.object(font_manager, 'findSystemFonts', return_value=[str(fallback)]):
       families, undrawable = pictures._fallback_fonts('роза')
     self.assertEqual((families, undrawable), (['DejaVu Serif'], set()))
-
-
-if __name__ == '__main__':
-  tf.test.main()

@@ -27,7 +27,3 @@ class OtherClassesTest(tf.test.TestCase):
         self.assertEqual(str(context.exception), f'model.pb was trained on {len(class_names)} '
                          f'classes and data has 600; the first difference is {difference}')
       self.assertFalse(os.path.exists(log_eval))
-
-
-if __name__ == '__main__':
-  tf.test.main()

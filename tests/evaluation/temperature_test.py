@@ -125,7 +125,3 @@ class ScaleTest(tf.test.TestCase):
     self.assertEqual((values['loss'], values['expected_calibration_error']),
                      (after.loss, after.calibration.expected_error))
     self.assertEqual(sum(row['num_images'] for row in values['calibration']), 500)
-
-
-if __name__ == '__main__':
-  tf.test.main()

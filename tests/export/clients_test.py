@@ -176,7 +176,3 @@ class ClientsTest(tf.test.TestCase):
   def require_onnx(self):
     if not HAS_ONNX:
       self.skipTest('tf2onnx or onnxruntime is not installed')
-
-
-if __name__ == '__main__':
-  tf.test.main()

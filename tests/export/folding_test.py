@@ -166,7 +166,3 @@ class LayerTest(FoldTestCase):
     graph_def.node[-1].input.append('^input')
     with self.assertRaisesRegex(ValueError, "'output' has a control input"):
       folding.fold(graph_def, 'output')
-
-
-if __name__ == '__main__':
-  tf.test.main()

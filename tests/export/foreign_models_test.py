@@ -264,7 +264,3 @@ class OnnxTest(ForeignModelTest):
       content = f.read()
     with self.assertRaisesRegex(models.ModelError, 'not an ONNX model'):
       models.load(self.write('cut.onnx', content[:len(content) // 2]))
-
-
-if __name__ == '__main__':
-  tf.test.main()

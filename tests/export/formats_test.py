@@ -162,7 +162,3 @@ class FormatsTest(tf.test.TestCase):
     for opset in (12, 19):
       with self.assertRaisesRegex(formats.FormatError, f'--opset must be 13 to 18, got {opset}'):
         formats.require_packages(['onnx'], True, opset)
-
-
-if __name__ == '__main__':
-  tf.test.main()

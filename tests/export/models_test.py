@@ -170,7 +170,3 @@ class FrozenModelsTest(tf.test.TestCase):
       expected = session.run(xception_preprocessing.preprocess_image(
           tf.constant(image), 71, 71, is_training=False))
     self.assertAllEqual(models.Preprocessor(71)(encoded), expected)
-
-
-if __name__ == '__main__':
-  tf.test.main()

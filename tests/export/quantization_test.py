@@ -200,7 +200,3 @@ class WriteTest(DatasetTestCase):
         write_pb.main(write_pb.parse_args([
             '--log_dir', self.log_dir, '--output_file', os.path.join(self.dir, 'm.pb'),
             '--formats', 'tflite_full_int8']))
-
-
-if __name__ == '__main__':
-  tf.test.main()

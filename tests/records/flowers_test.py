@@ -503,7 +503,3 @@ class FlowersTest(tf.test.TestCase):
         f.write(content)
 
     self.check_bad_record(flip, 'its checksum is wrong: the file is damaged')
-
-
-if __name__ == '__main__':
-  tf.test.main()

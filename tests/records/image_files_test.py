@@ -164,7 +164,3 @@ class ConverterTest(tf.test.TestCase):
           self.assertNotEmpty(str(error))
           outcomes.add('error')
       self.assertContainsSubset(outcomes, {'jpg', 'png', 'error'})
-
-
-if __name__ == '__main__':
-  tf.test.main()

@@ -91,7 +91,3 @@ class RecordsTest(tf.test.TestCase):
     os.remove(path)
     with self.assertRaisesRegex(tfrecords.RecordError, 'cannot be read: No such file'):
       _ = records[0]
-
-
-if __name__ == '__main__':
-  tf.test.main()

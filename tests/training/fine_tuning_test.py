@@ -229,7 +229,3 @@ class TrainableScopesTest(FineTuningTestCase):
       with self.assertRaisesRegex(checkpoints.CheckpointError,
                                   '--trainable_scopes Xception/Head: no variable name starts'):
         fine_tuning.trainable_variables(('Xception/Head',))
-
-
-if __name__ == '__main__':
-  tf.test.main()

@@ -157,7 +157,3 @@ class RecordStartTest(LogFolderTestCase):
              if value.tag == 'run' and value.metadata.plugin_data.plugin_name == 'text'}
     self.assertEqual(sorted(texts), [0, 7])
     self.assertIn(f'| tensorflow | {tf.__version__} |', texts[7])
-
-
-if __name__ == '__main__':
-  tf.test.main()

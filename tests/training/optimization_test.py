@@ -155,7 +155,3 @@ class ClassWeightsTest(tf.test.TestCase):
     self.assertAllClose(optimization.balanced_class_weights([70, 20, 10]),
                         class_weight.compute_class_weight('balanced', classes=np.arange(3),
                                                           y=labels))
-
-
-if __name__ == '__main__':
-  tf.test.main()

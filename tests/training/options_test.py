@@ -90,7 +90,3 @@ class OptionsTest(tf.test.TestCase):
         options.parse_train_args('Trains.', [option, value])
       self.assertEqual(context.exception.code, 2)
       self.assertRegex(text.getvalue(), f'argument {option}.*: {message}')
-
-
-if __name__ == '__main__':
-  tf.test.main()

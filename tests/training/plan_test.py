@@ -47,7 +47,3 @@ class ShowTest(tf.test.TestCase):
       plan.show(found, args, optimization.RECIPES['flowers'], cluster.SingleWorker())
     self.assertEqual(errors.getvalue(), ''.join(f'Warning: {damage}\n' for damage in damages))
     self.assertIn("; watch it with: tensorboard --logdir='my log'\n", output.getvalue())
-
-
-if __name__ == '__main__':
-  tf.test.main()

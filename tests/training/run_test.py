@@ -329,7 +329,3 @@ class LogFolderTest(RunTestCase):
     with self.assertRaisesRegex(NotADirectoryError, 'log/eval is not a folder'):
       self.train('--eval_every_epochs', '1')
     self.assertFalse(os.path.exists('gs:'))
-
-
-if __name__ == '__main__':
-  tf.test.main()

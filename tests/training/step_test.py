@@ -150,7 +150,3 @@ class ExplainTest(tf.test.TestCase):
     op = types.SimpleNamespace(type='Conv2D', device='/device:GPU:1')
     self.assertIn('tower 1 (/gpu:1) cannot process 64 images at a time',
                   str(self.explain(tf.errors.ResourceExhaustedError(None, op, 'OOM'))))
-
-
-if __name__ == '__main__':
-  tf.test.main()
