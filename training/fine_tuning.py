@@ -12,6 +12,7 @@ import tensorflow.compat.v1 as tf
 import tf_slim as slim
 
 from common import checkpoints
+from common import errors
 
 HEAD_SCOPE = 'Xception/Logits'
 
@@ -118,7 +119,15 @@ def restore(checkpoint_path, exclude_scopes=(), ignore_missing_vars=False, use_a
                f'{head.shape.as_list()[-1]} here')
   if missing:
     report += f'; {len(missing)} are missing, first {missing[0]}'
-  return Restoration(lambda scaffold, session: saver.restore(session, checkpoint), report)
+
+  def init_fn(scaffold, session):
+    try:
+      saver.restore(session, checkpoint)
+    except (tf.errors.OpError, ValueError) as error:
+      raise checkpoints.CheckpointError(
+          f'{checkpoint} cannot be restored: {errors.reason(error)}') from error
+
+  return Restoration(init_fn, report)
 
 
 def _require_known(scopes, variables, option):

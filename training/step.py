@@ -286,7 +286,7 @@ def _explain(error, train_step, plan, reached, workers):
         f'Cannot save in {plan.log_dir}: {error.message.splitlines()[0]}. The previous '
         'checkpoint is intact: make room, then resume with the same command')
   if error.op and error.op.type == 'RestoreV2':
-    return TrainingError(f'Cannot restore {plan.checkpoint or "--checkpoint_path"}: '
+    return TrainingError(f'Cannot restore {plan.checkpoint}: '
                          f'{errors.reason(error)}')
   if reason := towers.explain_out_of_memory(error, plan.devices, train_step.tower_batch_size):
     return TrainingError(reason)

@@ -1,6 +1,7 @@
 """Tests of fine-tuning: restoring a checkpoint and training a part of the network."""
 
 import functools
+import glob
 import os
 import shutil
 import tempfile
@@ -150,6 +151,19 @@ class RestoreTest(FineTuningTestCase):
         build(**options)
         with self.assertRaisesRegex(checkpoints.CheckpointError, message):
           fine_tuning.restore(*arguments)
+
+  def test_a_file_cut_short(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    for path in glob.glob(f'{self.checkpoint}.*'):
+      shutil.copy(path, folder)
+    data, = glob.glob(os.path.join(folder, '*.data*'))
+    os.truncate(data, 100)
+    with tf.Graph().as_default(), tf.Session() as session:
+      build()
+      restoration = fine_tuning.restore(folder)
+      with self.assertRaisesRegex(checkpoints.CheckpointError,
+                                  f'{folder}/.* cannot be restored: Read less bytes'):
+        restoration.init_fn(None, session)
 
   def save(self, name):
     """Writes a checkpoint that holds a number under a name; returns its path."""
