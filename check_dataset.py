@@ -136,9 +136,9 @@ def check_dataset(dataset_dir, dataset_name=flowers.DATASET_NAME, images_per_cla
         dataset, {number for numbers in chosen for number in numbers})
     thumbnails = thumbnails or [[found[number] for number in numbers if number in found]
                                 for numbers in chosen]
+    names = _distinct_names(dataset)
     for digest, numbers_and_labels in images.items():
-      places[digest] += [{'split': split, **_place(dataset, number),
-                          'class': dataset.labels_to_names[label]}
+      places[digest] += [{'split': split, **_place(dataset, number), 'class': names[label]}
                          for number, label in numbers_and_labels]
   duplicates = [same for same in places.values() if len(same) > 1]
   report['duplicates'] = duplicates

@@ -235,10 +235,10 @@ def main(args):
   dataset = flowers.get_split(args.dataset_split_name, **dataset_options)
   flowers.require_readable(dataset)
   log_eval = args.log_eval or default_log_eval(args)
-  if checkpoints.list_checkpoints(log_eval):
+  if report.holds_metrics_of_training(log_eval):
     raise checkpoints.CheckpointError(
-        f'--log_eval {log_eval} holds checkpoints, whose metrics.json may be that of training: '
-        'choose another folder')
+        f'The metrics.json of --log_eval {log_eval} is that of training, which looks for its best '
+        'checkpoint there: choose another folder')
   split = report.SplitEvaluation(
       dataset, log_eval, args.batch_size,
       {'dataset_split_name': args.dataset_split_name, **dataset_options})

@@ -37,7 +37,7 @@ def checked_number(number_type, is_allowed, allowed):
   return parse
 
 
-MAX_IMAGE_SIZE = 10_000  # pixels; a single layer's output has 100 GB there
+MAX_IMAGE_SIZE = 10_000  # pixels; one layer's output for one image takes 12.8 GB there
 MAX_INT = 10**12  # products with it fit into 64 bits
 
 positive_int = checked_number(int, lambda value: value > 0, 'greater than 0')

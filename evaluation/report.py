@@ -136,6 +136,15 @@ def _report_bad_records(dataset, bad_numbers):
           file=sys.stderr)
 
 
+def holds_metrics_of_training(folder):
+  """Returns whether a folder is the `best` of a training run, which keeps its metrics there."""
+  try:
+    with open(os.path.join(folder, 'metrics.json'), encoding='utf-8') as f:
+      return 'dataset_split_name' not in json.load(f)
+  except (OSError, ValueError, TypeError):
+    return False
+
+
 class SplitEvaluation:
   """Evaluates networks on a split and writes the results.
 

@@ -130,8 +130,8 @@ def read_labels_file(path, labels_offset=0):
   names = _parse_labels(path, _read_lines(path))
   ids = sorted(names)
   if ids[0] not in (0, labels_offset) or ids != list(range(ids[0], ids[0] + len(ids))):
-    hint = ('. Labels of records that begin at 1 need --labels_offset 1, where there is this '
-            'option' if ids[0] == 1 else '')
+    hint = ('. Records whose labels begin at 1 are read with --labels_offset 1'
+            if ids[0] == 1 else '')
     raise DatasetError(f'{path}: the ids of {len(ids)} classes must be 0 to {len(ids) - 1}, got '
                        f'{ids if len(ids) < 10 else f"{ids[0]} to {ids[-1]}"}{hint}')
   first = labels_offset if ids[0] == 0 and names[0].lower() == 'background' else 0

@@ -253,7 +253,9 @@ class OnceTest(EvalTestCase):
         evaluate('--log_dir', self.log_dir, '--log_eval', folder)
     with self.assertRaisesRegex(OSError, 'cannot write events into .*, which is not UTF-8'):
       evaluate('--log_dir', self.log_dir, '--log_eval', os.path.join(self.dir, '\udcff'))
-    with self.assertRaisesRegex(checkpoints.CheckpointError, 'holds checkpoints, whose metrics'):
+    with open(os.path.join(self.log_dir, 'metrics.json'), 'w', encoding='utf-8') as f:
+      json.dump({'accuracy': 0.5}, f)
+    with self.assertRaisesRegex(checkpoints.CheckpointError, 'is that of training, which looks'):
       evaluate('--log_dir', self.log_dir, '--log_eval', self.log_dir)
     with mock.patch.object(os, 'access', return_value=False):  # root may write anywhere
       with self.assertRaisesRegex(PermissionError, f'new/eval: {self.dir} is read-only'):

@@ -459,12 +459,12 @@ class BadRecordTest(ScriptTestCase):
   def test_too_many_bad_records_stop_training(self):
     self.assertEndsWithMessage(
         run(*TRAIN, '--log_dir', self.log_dir, '--dataset_dir', self.dataset_dir),
-        '1 of 40 records are bad, more than --max_bad_fraction allows')
+        '1 of 40 records are bad, more than the 0.4 that --max_bad_fraction allows')
     self.assertLess(self.check_checkpoint(self.log_dir), 6)
 
   def test_labels_of_another_dataset(self):
     with open(os.path.join(self.dataset_dir, 'labels.txt'), 'w') as f:
-      f.write('0:daisy\n')
+      f.write('0:daisy\n1:roses\n')
     path = os.path.join(self.dataset_dir, flowers.shard_name('train', 0, 1))
     with tf.python_io.TFRecordWriter(path) as writer:
       for _ in range(3):

@@ -66,6 +66,8 @@ class EvaluationHook(tf.train.SessionRunHook):
     self._step = int(session.run(tf.train.get_global_step()))  # a step that is skipped repeats it
     if self._step and self._step != self._record['global_step'] and self._is_due(self._step):
       self._evaluate_and_keep(session)  # which a kill has prevented
+      if self.stopped_early:
+        coord.request_stop()
 
   def before_run(self, run_context):
     return tf.train.SessionRunArgs(self._global_step)
@@ -76,12 +78,7 @@ class EvaluationHook(tf.train.SessionRunHook):
       return
     self._step = step
     self._evaluate_and_keep(run_context.session)
-    num_without = self._record['num_without_improvement']
-    if self._patience and num_without >= self._patience and step != self._max_steps:
-      best = self._record['best']
-      self.stopped_early = (
-          f'Stopped early: no better accuracy than {best["accuracy"]:.4f} of step '
-          f'{best["global_step"]} in {num_without} evaluations')
+    if self.stopped_early:
       run_context.request_stop()
 
   def end(self, session):
@@ -92,7 +89,7 @@ class EvaluationHook(tf.train.SessionRunHook):
     return step % self._every_n_steps == 0 or step >= self._max_steps
 
   def _evaluate_and_keep(self, session):
-    """Saves and evaluates this step, keeps it if it is the best, and records that."""
+    """Saves and evaluates this step, keeps it if it is the best, and decides whether to stop."""
     step = self._step
     checkpoint = self._saver.save(
         session, os.path.join(self._log_dir, saving.CHECKPOINT_NAME), step,
@@ -113,6 +110,10 @@ class EvaluationHook(tf.train.SessionRunHook):
         f'validation at step {step}: accuracy = {found["accuracy"]:.4f}, '
         f'loss = {_loss(found):.4f}{" (averages)" if found["uses_averages"] else ""}; '
         f'best: {best["accuracy"]:.4f} at step {best["global_step"]}')
+    if self._patience and num_without >= self._patience and step < self._max_steps:
+      self.stopped_early = (
+          f'Stopped early: no better accuracy than {best["accuracy"]:.4f} of step '
+          f'{best["global_step"]} in {num_without} evaluations')
 
   def _evaluate(self, checkpoint, step):
     """Evaluates a checkpoint and adds its metrics to TensorBoard; returns them."""

@@ -108,7 +108,7 @@ class FlowersTest(tf.test.TestCase):
         ('0:daisy\n0:roses\n', "line 2: id 0 is already 'daisy'"),
         ('1:daisy\n2:roses\n', r'must be 0 to 1, got \[1, 2\]'),
         ('\n', 'is empty'),
-        ('1:daisy\n2:roses\n', 'begin at 1 need --labels_offset 1'),
+        ('1:daisy\n2:roses\n', 'labels begin at 1 are read with --labels_offset 1'),
         ('0:a\0b\n', 'expected id:name'),
         ('0:Löwenzahn\n'.encode('latin-1'), 'is not UTF-8 text .*iconv -f LATIN1 -t UTF-8'),
         ('0:daisy\n'.encode('utf-16'), 'is not UTF-8 text .*iconv -f UTF-16 -t UTF-8')]:

@@ -227,6 +227,23 @@ class BestTest(RunTestCase):
     self.assertIn('no better accuracy than 0.5000 of step 1 in 4 evaluations', output)
     self.assertEqual(self.steps()[-1], 6)  # after 2 and 3, the steps 4 and 6
 
+  def test_early_stop_by_an_evaluation_that_a_kill_prevented(self):
+    scores = iter([0.5, KeyboardInterrupt, 0.4])
+
+    def score(hook, checkpoint, step):
+      accuracy = next(scores)
+      if accuracy is KeyboardInterrupt:
+        raise accuracy
+      return {'global_step': step, 'accuracy': accuracy, 'loss': 1.0, 'uses_averages': False}
+
+    options = ['--max_number_of_steps', '9', '--eval_every_epochs', '0.01',
+               '--early_stop_patience', '1']
+    with mock.patch.object(evaluation_hook.EvaluationHook, '_evaluate', score):
+      with self.assertRaises(KeyboardInterrupt):
+        self.train(*options)
+      self.assertIn('in 1 evaluations', self.train(*options))
+    self.assertEqual(self.steps()[-1], 2)
+
   def test_damage(self):
     for damage in (lambda: os.remove(self.metrics_file),
                    lambda: open(self.metrics_file, 'w').close(),

@@ -49,8 +49,11 @@ class SignalTest(tf.test.TestCase):
   def test_a_second_signal_ends_a_blocked_step(self):
     for first, second in ((signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM),
                           (signal.SIGHUP, signal.SIGTERM)):
-      process = subprocess.Popen([sys.executable, '-c', BLOCKED_STEP], cwd=PROJECT, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+      process = subprocess.Popen(
+          [sys.executable, '-c', BLOCKED_STEP], cwd=PROJECT, text=True, stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT,
+          # The tests may run under nohup, which this process would inherit.
+          preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
       with process.stdout as output:
         try:
           for line in output:
