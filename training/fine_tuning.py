@@ -84,28 +84,17 @@ def restore(checkpoint_path, exclude_scopes=(), ignore_missing_vars=False, use_a
   _require_known(exclude_scopes, variables, '--checkpoint_exclude_scopes')
   wanted = [variable for variable in variables
             if not variable.op.name.startswith(tuple(exclude_scopes))]
-  found = [variable for variable in wanted if variable.op.name in stored]
   missing = [variable.op.name for variable in wanted if variable.op.name not in stored]
-  others = [variable for variable in found if variable.shape != stored[variable.op.name]]
-  misfits = [v for v in others if not v.op.name.startswith(HEAD_SCOPE)]
-  if misfits:
-    name = misfits[0].op.name
-    raise checkpoints.CheckpointError(
-        f'{checkpoint} holds another network: {len(misfits)} variables have other shapes, '
-        f'{name} is {stored[name]} there and {misfits[0].shape.as_list()} here. Is '
-        '--depth_multiplier the same?')
-  if wanted and not found:
-    raise checkpoints.CheckpointError(
-        f'{checkpoint} holds none of the {len(wanted)} variables of the network'
-        + (', or holds them in the format of tf.train.Checkpoint: save them with '
-           'tf.compat.v1.train.Saver' if '_CHECKPOINTABLE_OBJECT_GRAPH' in stored else
-           f': it has {sorted(stored)[0]}, the network {missing[0]}'))
+  others = [variable for variable in wanted
+            if stored.get(variable.op.name, variable.shape) != variable.shape]
+  _require_same_network(checkpoint, stored, wanted, missing, others)
   if missing and not ignore_missing_vars:
     raise checkpoints.CheckpointError(
         f'{checkpoint} lacks {len(missing)} of {len(wanted)} variables, first {missing[0]}. '
         'Leave them out with --checkpoint_exclude_scopes or --ignore_missing_vars')
 
-  restored = [variable for variable in found if variable not in others]
+  restored = [variable for variable in wanted
+              if variable not in others and variable.op.name not in missing]
   if not restored:
     raise checkpoints.CheckpointError(f'Nothing is left to restore from {checkpoint}')
   names, are_averages = checkpoints.stored_names(
@@ -128,6 +117,31 @@ def restore(checkpoint_path, exclude_scopes=(), ignore_missing_vars=False, use_a
           f'{checkpoint} cannot be restored: {errors.reason(error)}') from error
 
   return Restoration(init_fn, report)
+
+
+def _require_same_network(checkpoint, stored, wanted, missing, others):
+  """Raises a CheckpointError if a checkpoint is of another network.
+
+  Args:
+    checkpoint: its path.
+    stored: {name: shape} of its variables.
+    wanted: the network's variables.
+    missing: names of those that the checkpoint lacks.
+    others: those that have another shape there.
+  """
+  misfits = [v for v in others if not v.op.name.startswith(HEAD_SCOPE)]
+  if misfits:
+    name = misfits[0].op.name
+    raise checkpoints.CheckpointError(
+        f'{checkpoint} holds another network: {len(misfits)} variables have other shapes, '
+        f'{name} is {stored[name]} there and {misfits[0].shape.as_list()} here. Is '
+        '--depth_multiplier the same?')
+  if wanted and len(missing) == len(wanted):
+    raise checkpoints.CheckpointError(
+        f'{checkpoint} holds none of the {len(wanted)} variables of the network'
+        + (', or holds them in the format of tf.train.Checkpoint: save them with '
+           'tf.compat.v1.train.Saver' if '_CHECKPOINTABLE_OBJECT_GRAPH' in stored else
+           f': it has {sorted(stored)[0]}, the network {missing[0]}'))
 
 
 def _require_known(scopes, variables, option):
