@@ -125,7 +125,7 @@ def check_dataset(dataset_dir, dataset_name=flowers.DATASET_NAME, images_per_cla
       `leaks` (those of them that are in several splits), `conflicts` (those that are
       in several classes) and `ok`.
     thumbnails: a list of uint8 [height, width, 3] for each of the first
-      pictures.MAX_SHEET_ROWS classes, from the first split, which is for training.
+      pictures.MAX_SHEET_ROWS classes, from the training split or, without one, from the first.
   """
   report = {'dataset_dir': dataset_dir, 'splits': {}}
   places = collections.defaultdict(list)

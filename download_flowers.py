@@ -257,7 +257,7 @@ def parse_args(argv=None):
   parser.add_argument('--validation_fraction', type=arguments.fraction,
                       default=VALIDATION_FRACTION,
                       help='share of each class that goes to the validation split')
-  parser.add_argument('--num_shards', type=arguments.positive_int, default=2,
+  parser.add_argument('--num_shards', type=arguments.positive_int, default=creation.NUM_SHARDS,
                       help='number of files per split')
   parser.add_argument('--seed', type=arguments.non_negative_int, default=0,
                       help='determines the split and the order of the images')

@@ -21,6 +21,7 @@ from PIL import Image
 from PIL import ImageFilter
 import tensorflow.compat.v1 as tf
 
+from common import arguments
 from dataset import flower_shapes
 from records import creation
 from records import flowers
@@ -172,7 +173,8 @@ def parse_args(argv=None):
   parser = argparse.ArgumentParser(
       description=__doc__.split('\n')[0],
       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-  parser.add_argument('--dataset_dir', default='dataset', help='folder to write to')
+  parser.add_argument('--dataset_dir', type=arguments.path, default='dataset',
+                      help='folder to write to')
   parser.add_argument('--num_train', type=int, default=400, help='number of training images')
   parser.add_argument('--num_validation', type=int, default=100, help='number of validation images')
   parser.add_argument('--seed', type=int, default=0, help='determines all pictures')

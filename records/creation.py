@@ -442,7 +442,7 @@ def _subfolders(folder, dataset_dir):
       continue
     has_images = bool(_images_in(entry.path)) or _has_classes(entry.path)
     if os.path.realpath(entry.path) != os.path.realpath(dataset_dir):
-      if has_images or not os.path.exists(os.path.join(entry.path, flowers.LABELS_FILE)):
+      if has_images or not _shards_in(entry.path):
         folders[entry.name] = entry.path
     elif has_images:
       raise flowers.DatasetError(f'--dataset_dir {dataset_dir} is a class folder: choose another')
@@ -489,11 +489,15 @@ def _existing_files(dataset_dir, dataset_name):
   return sorted(paths) + [rejected_file] * os.path.exists(rejected_file)
 
 
+def _shards_in(folder):
+  """Returns the paths of the TFRecord files in a folder, a set."""
+  return {path for pattern in ('*.tfrecord*', '*-of-[0-9]*')
+          for path in glob.glob(os.path.join(glob.escape(folder), pattern))}
+
+
 def _other_shards(dataset_dir, dataset_name):
   """Returns the TFRecord files in dataset_dir that belong to other datasets."""
-  found = (path for pattern in ('*.tfrecord*', '*-of-[0-9]*') for path in glob.glob(
-      os.path.join(glob.escape(dataset_dir), pattern)))
-  return sorted(set(found).difference(_existing_files(dataset_dir, dataset_name)))
+  return sorted(_shards_in(dataset_dir).difference(_existing_files(dataset_dir, dataset_name)))
 
 
 def _printable(text):

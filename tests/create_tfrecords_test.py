@@ -292,8 +292,10 @@ class CreateDatasetTest(tf.test.TestCase):
     self.dataset_dir = os.path.join(self.image_dir, 'records')
     self.create(num_shards=1)
     self.dataset_dir = os.path.join(self.image_dir, 'other')  # beside the earlier one
+    self.write('cow/no suffix', image_bytes(9))  # but this is one
+    self.write('cow/labels.txt', b'0:cow\n')
     self.create(num_shards=1)
-    self.assertEqual(flowers.read_labels(self.dataset_dir), ['cat', 'dog'])
+    self.assertEqual(flowers.read_labels(self.dataset_dir), ['cat', 'cow', 'dog'])
 
   def test_a_file_that_vanishes_while_the_dataset_is_written(self):
     self.write_classes(cat=2, dog=2)
